@@ -1,0 +1,48 @@
+"""Stack several callbacks on one Ray Serve LLM deployment, written like pytest plugins."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from rayserve_hooks.context import CallbackCtx, Handled, NodeModelDownloadable
+from rayserve_hooks.errors import HookError
+from rayserve_hooks.hookspecs import RayServeLLMCallback, hookimpl, hookspec
+from rayserve_hooks.manager import get_plugin_manager
+
+if TYPE_CHECKING:
+    from rayserve_hooks.config import LLMConfig
+    from rayserve_hooks.initialize import initialize_node
+    from rayserve_hooks.serve import HooksCallback
+
+__all__ = [
+    "CallbackCtx",
+    "Handled",
+    "HookError",
+    "HooksCallback",
+    "LLMConfig",
+    "NodeModelDownloadable",
+    "RayServeLLMCallback",
+    "get_plugin_manager",
+    "hookimpl",
+    "hookspec",
+    "initialize_node",
+]
+
+# Ray costs seconds to import, and a node task, a callback's module and the command line need none
+# of these three: PEP 562 loads each at its first use.
+_NEEDS_RAY = {
+    "HooksCallback": "rayserve_hooks.serve",
+    "LLMConfig": "rayserve_hooks.config",
+    "initialize_node": "rayserve_hooks.initialize",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _NEEDS_RAY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NEEDS_RAY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,96 @@
+"""Every error this package raises on purpose, and how one crosses processes whole."""
+
+import pickle
+import traceback
+
+
+class HooksError(Exception):
+    """Base class of this package's errors."""
+
+
+class CallbackConfigError(HooksError, ValueError):
+    """A callback list that cannot work; raised where the config is made."""
+
+
+class DownloadError(HooksError, RuntimeError):
+    """The default download of a node failed, or what it left is not a model."""
+
+
+class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a traceback
+    """Stands in for an original exception that cannot be pickled; keeps its type and text."""
+
+
+class HookError(HooksError, RuntimeError):
+    """A step of a node initialization failed.
+
+    The exception that a callback raised is the ``__cause__``. Both survive pickling, and the
+    cause keeps its traceback as a note when it comes from another process, where Python would
+    drop it.
+
+    Attributes:
+        callback: Name of the callback, or None when the step belongs to no callback.
+        hook: Name of the hook, or None when the step is not a hook.
+        node: The node the step ran on, as ``"<node id> (<address>)"``.
+        phase: ``"before init"``, ``"placement"``, ``"before download"``, ``"download"``,
+            ``"engine arguments"`` or ``"after init"``.
+        detail: What went wrong, in one line.
+    """
+
+    def __init__(
+        self, *, callback: str | None, hook: str | None, node: str, phase: str, detail: str
+    ) -> None:
+        self.callback = callback
+        self.hook = hook
+        self.node = node
+        self.phase = phase
+        self.detail = detail
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        where = f"on node {self.node} (phase: {self.phase})"
+        if self.callback is None:
+            return f"node initialization failed {where}: {self.detail}"
+        return (
+            f"callback {self.callback!r} failed in hook {self.hook} {where}: {self.detail}; "
+            "fix the callback, or set 'on_error: warn' on it to go on without it"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        fields = {
+            "callback": self.callback,
+            "hook": self.hook,
+            "node": self.node,
+            "phase": self.phase,
+            "detail": self.detail,
+        }
+        return _rebuild_hook_error, (fields, _portable(self.__cause__))
+
+
+def describe(error: BaseException) -> str:
+    """Name an exception as Python's own traceback does in its last line."""
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _portable(error: BaseException | None) -> tuple[bytes, str] | None:
+    """Turn an exception into bytes and its formatted traceback, whatever it holds."""
+    if error is None:
+        return None
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)  # some exceptions pickle, but cannot be rebuilt from their args
+    except Exception:  # any class can fail here in its own way; the stand-in keeps the text
+        data = pickle.dumps(RemoteCause(describe(error)))
+    formatted = "".join(traceback.format_exception(error))
+    return data, formatted
+
+
+def _rebuild_hook_error(
+    fields: dict[str, str], portable_cause: tuple[bytes, str] | None
+) -> HookError:
+    error = HookError(**fields)
+    if portable_cause is not None:
+        data, formatted = portable_cause
+        cause = pickle.loads(data)
+        cause.add_note(f"traceback in the process where it was raised:\n{formatted}")
+        error.__cause__ = cause
+    return error

@@ -1,0 +1,117 @@
+"""The contract: every hook, when and where it runs, and what each result does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Protocol
+
+import pluggy
+
+if TYPE_CHECKING:
+    from rayserve_hooks.context import CallbackCtx, Handled
+
+PROJECT = "rayserve_hooks"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class RayServeLLMCallback(Protocol):
+    """A callback: any object with at least one of these methods.
+
+    Subclassing is never needed; it gives editors and type checkers the signatures. Each method
+    may be ``def`` or ``async def``. ``@hookimpl(tryfirst=True)``, ``trylast=True`` and
+    ``wrapper=True`` mean what they mean in pluggy. A callback is built once in every process
+    that needs it, so its constructor should be light: open clients in the hooks.
+    """
+
+    @hookspec(firstresult=True)
+    def on_before_init(self, ctx: CallbackCtx) -> Handled | Awaitable[Handled | None] | None:
+        """Prepare, or take over, the initialization of all nodes.
+
+        When: first, before anything is placed or downloaded.
+        Where: in the replica's process, once.
+        Not for: work that each node must do; that is ``on_before_download``.
+
+        Parameters:
+            ctx: The state of this initialization. Every read/write field counts.
+
+        Returns:
+            ``None``: go on with the next callback.
+            ``Handled(...)``: this callback has initialized the nodes itself. The rest of the
+            chain, ``on_before_download`` and the default download are skipped; ``on_after_init``
+            still runs. ``model_path`` becomes the engine's model.
+            Anything else, ``True`` and ``False`` included, is an error.
+
+        Failure: ends the initialization with a ``HookError``; with ``on_error: warn`` it is
+        logged and the next callback runs.
+
+        Since: 0.1
+        """
+
+    @hookspec(firstresult=True)
+    def on_before_download(
+        self, ctx: CallbackCtx
+    ) -> (
+        Handled
+        | str
+        | os.PathLike[str]
+        | Awaitable[Handled | str | os.PathLike[str] | None]
+        | None
+    ):
+        """Prepare one node, or bring its model.
+
+        When: on each node right before its default download, also when the download mode is
+        ``NONE``.
+        Where: on every node of the placement group, once per node: in the replica's process on
+        the replica's own node, in a Ray task pinned to the node elsewhere.
+        Not for: choosing nodes; the placement group is final here.
+
+        Parameters:
+            ctx: On the replica's own node the context of ``on_before_init``. Elsewhere a copy:
+                the download mode set here counts for this node, ``extra_init_kwargs`` and
+                ``custom_data`` are sent back, and changes to other fields have no effect.
+
+        Returns:
+            ``None``: go on with the next callback.
+            ``Handled(model_path=...)``, or just the path: this node has its model. The rest of
+            the chain and this node's default download are skipped.
+            Anything else, ``True`` and ``False`` included, is an error.
+
+        Failure: ends the initialization with a ``HookError`` and cancels the other nodes' tasks;
+        with ``on_error: warn`` it is logged and the next callback runs.
+
+        Since: 0.1
+        """
+
+    @hookspec
+    def on_after_init(self, ctx: CallbackCtx) -> Awaitable[None] | None:
+        """Look at, or finish, what has been initialized.
+
+        When: after every node is ready, before the engine is built; also after a ``Handled``.
+        Where: in the replica's process, once.
+        Not for: anything that needs the running engine.
+
+        Parameters:
+            ctx: ``nodes`` holds each node's model path, ``custom_data`` and timings;
+                ``extra_init_kwargs`` and ``runtime_env`` still count.
+
+        Returns:
+            ``None``: all callbacks run. Anything else is an error.
+
+        Failure: ends the initialization with a ``HookError``; with ``on_error: warn`` it is
+        logged and the next callback runs.
+
+        Since: 0.1
+        """
+
+
+HOOKS = tuple(name for name in vars(RayServeLLMCallback) if name.startswith("on_"))
+"""The hooks' names, in the order in which an initialization calls them."""
+
+PHASES = {
+    "on_before_init": "before init",
+    "on_before_download": "before download",
+    "on_after_init": "after init",
+}

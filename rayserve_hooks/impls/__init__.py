@@ -1,0 +1,1 @@
+"""Callbacks that ship with the package, loaded like anybody else's."""

@@ -1,0 +1,347 @@
+"""From what a config names, such as ``"pkg.module:Class"``, to a plugin object."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from rayserve_hooks.errors import CallbackConfigError, describe
+from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback
+
+ENTRY_POINT_GROUP = "rayserve_hooks"
+ON_ERROR = ("raise", "warn")
+_KEYS = ("callback", "kwargs", "name", "on_error")
+
+
+class CallbackEntry:
+    """One item of a callback list: the declarative part, which travels between processes.
+
+    What travels is a string, a class or a module's name with constructor arguments; or, for an
+    instance, the bytes it was pickled to when the config was made. The plugin object built from
+    it never does.
+
+    Args:
+        target: A string, class, module or instance, as `parse_callbacks` accepts them.
+        kwargs: Constructor arguments; only for a class.
+        name: The callback's name in order, trace and errors; by default the class's, module's or
+            entry point's.
+        on_error: ``"raise"`` or ``"warn"``; None means what the deployment's config says.
+
+    Raises:
+        CallbackConfigError: The arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        target: object,
+        kwargs: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        on_error: str | None = None,
+    ) -> None:
+        if isinstance(target, ModuleType):
+            target = target.__name__
+        self.kwargs = dict(kwargs or {})
+        self.name = name or _default_name(target)
+        self.on_error = on_error
+        self.target = target if isinstance(target, str | type) else None
+        self._instance = None if isinstance(target, str | type) else target
+        self._instance_bytes: bytes | None = None
+        self._instance_token = "" if self._instance is None else uuid.uuid4().hex
+        if self._instance is not None and self.kwargs:
+            raise CallbackConfigError(
+                f"callback {self.name!r}: kwargs {sorted(self.kwargs)} given for an instance, "
+                "which is already built; pass the class instead, or drop kwargs"
+            )
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for two entries that ask for the same plugin, in any process."""
+        if self.target is None:
+            what = self._instance_token
+        elif isinstance(self.target, type):
+            what = f"{self.target.__module__}:{self.target.__qualname__}"
+        else:
+            what = self.target
+        kwargs = json.dumps(self.kwargs, sort_keys=True, default=repr)
+        return (self.name, what, kwargs, self.on_error or "")
+
+    def create(self) -> object:
+        """Build the plugin, or import the module that is one.
+
+        Raises:
+            CallbackConfigError: It cannot be imported or built, or is not a callback.
+        """
+        if self.target is None:
+            plugin = self._load_instance()
+        else:
+            found = self.target if isinstance(self.target, type) else resolve(self.target)
+            plugin = self._construct(found) if isinstance(found, type) else found
+            if not isinstance(found, type) and self.kwargs:
+                raise CallbackConfigError(
+                    f"callback {self.name!r}: kwargs {sorted(self.kwargs)} given for "
+                    f"{type(found).__name__} {self.target!r}, which takes none; name a class, "
+                    "or drop kwargs"
+                )
+        problems = hook_problems(plugin)
+        if problems:
+            raise CallbackConfigError(f"callback {self.name!r}: " + "; ".join(problems))
+        return plugin
+
+    def freeze(self) -> None:
+        """Check that the entry can be sent to another process, and keep an instance's bytes.
+
+        They are kept because the instance may open clients and locks while it runs, and what
+        other processes get is the callback as it was configured.
+
+        Raises:
+            CallbackConfigError: A value cannot be pickled.
+        """
+        from ray import cloudpickle
+
+        try:
+            if self._instance is not None and self._instance_bytes is None:
+                self._instance_bytes = cloudpickle.dumps(self._instance)
+            cloudpickle.dumps((self.target, self.kwargs))
+        except Exception as error:  # every class can refuse in its own way
+            raise CallbackConfigError(
+                f"callback {self.name!r} cannot be sent to another process: {describe(error)}; "
+                "name the class with kwargs instead of an instance, and open locks, files and "
+                "clients in its hooks"
+            ) from error
+
+    def _load_instance(self) -> object:
+        if self._instance is None:
+            from ray import cloudpickle
+
+            assert self._instance_bytes is not None
+            self._instance = cloudpickle.loads(self._instance_bytes)
+        return self._instance
+
+    def _construct(self, cls: type) -> object:
+        try:
+            return cls(**self.kwargs)
+        except Exception as error:  # a constructor may refuse with any exception
+            raise CallbackConfigError(
+                f"callback {self.name!r}: {cls.__module__}.{cls.__qualname__}"
+                f"{_signature(cls)} refused kwargs {sorted(self.kwargs)}: {describe(error)}"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.freeze()
+        return {**self.__dict__, "_instance": None}
+
+    def __repr__(self) -> str:
+        # kwargs' values stay out of logs: they may be secrets.
+        what = f"instance of {self.name}" if self.target is None else self.target
+        kwargs = f" kwargs={sorted(self.kwargs)}" if self.kwargs else ""
+        return f"<callback {self.name!r}: {what!s}{kwargs}>"
+
+
+def parse_callbacks(value: object, where: str = "callbacks") -> tuple[CallbackEntry, ...]:
+    """Turn a config's callback list into entries.
+
+    Args:
+        value: One callback or a list of them. Each is ``"pkg.module:Class"``,
+            ``"pkg.module.Class"``, ``"pkg.module"``, a short name of the entry-point group
+            ``rayserve_hooks``, a class, an instance, a module, or a mapping with ``callback``
+            and, optional, ``kwargs``, ``name`` and ``on_error``.
+        where: The config field, for messages.
+
+    Raises:
+        CallbackConfigError: An item is malformed, or two have the same name.
+    """
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    entries = tuple(_parse(item, f"{where}[{index}]") for index, item in enumerate(items))
+    names = [entry.name for entry in entries]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise CallbackConfigError(
+            f"{where} has more than one callback named {twice[0]!r}; give each its own name: "
+            f"{{callback: ..., name: ...}}"
+        )
+    return entries
+
+
+def _parse(item: object, where: str) -> CallbackEntry:
+    if isinstance(item, CallbackEntry):
+        return item
+    if item is None or isinstance(item, bool | int | float | bytes):
+        raise CallbackConfigError(
+            f"{where} is {item!r}; write a string such as 'pkg.module:Class', a class, an "
+            "instance, a module, or a mapping with 'callback'"
+        )
+    if not isinstance(item, Mapping):
+        return CallbackEntry(item)
+    unknown = sorted(set(item) - set(_KEYS), key=str)
+    if unknown:
+        raise CallbackConfigError(
+            f"{where} has unknown key {unknown[0]!r}{_did_you_mean(unknown[0], _KEYS)}; "
+            f"known keys: {', '.join(_KEYS)}"
+        )
+    if item.get("callback") is None:
+        raise CallbackConfigError(f"{where} names no callback; add 'callback: pkg.module:Class'")
+    kwargs = item.get("kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        raise CallbackConfigError(
+            f"{where}: kwargs is {type(kwargs).__name__}; write a mapping of argument names"
+        )
+    on_error = item.get("on_error")
+    if on_error is not None and on_error not in ON_ERROR:
+        raise CallbackConfigError(
+            f"{where}: on_error is {on_error!r}; use one of {', '.join(ON_ERROR)}"
+        )
+    return CallbackEntry(item["callback"], kwargs, item.get("name"), on_error)
+
+
+def resolve(target: str) -> object:
+    """Find the class, instance or module that a string names.
+
+    Raises:
+        CallbackConfigError: Nothing of that name can be imported. An error raised inside the
+            module is its cause.
+    """
+    if ":" in target:
+        module_name, _, attribute = target.partition(":")
+        return _attribute(_import(module_name, target), attribute, target)
+    if target in short_names():
+        try:
+            return short_names()[target].load()
+        except Exception as error:  # importing runs other people's code
+            raise CallbackConfigError(
+                f"callback {target!r}: its entry point {short_names()[target].value!r} cannot "
+                f"be loaded: {describe(error)}"
+            ) from error
+    parent, _, attribute = target.rpartition(".")
+    if not parent:
+        return _import(target, target)
+    module = _import(parent, target)
+    if hasattr(module, attribute):
+        return getattr(module, attribute)
+    if hasattr(module, "__path__") and importlib.util.find_spec(target) is not None:
+        return _import(target, target)
+    return _attribute(module, attribute, target)
+
+
+@functools.cache
+def short_names() -> dict[str, importlib.metadata.EntryPoint]:
+    """List what is installed under the entry-point group; nothing of it is imported."""
+    return {ep.name: ep for ep in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _import(module_name: str, target: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _import_failed(target, module_name, error) from error
+        known = ", ".join(sorted(short_names())) or "none"
+        raise CallbackConfigError(
+            f"callback {target!r}: no module named {error.name!r} and no such short name"
+            f"{_did_you_mean(target, short_names())}; write 'pkg.module:Class' of a module that "
+            f"can be imported here, or a short name (known: {known})"
+        ) from error
+    except Exception as error:  # importing runs other people's code
+        raise _import_failed(target, module_name, error) from error
+
+
+def _import_failed(target: str, module_name: str, error: Exception) -> CallbackConfigError:
+    return CallbackConfigError(
+        f"callback {target!r}: importing module {module_name!r} failed: {describe(error)}"
+    )
+
+
+def _attribute(module: ModuleType, path: str, target: str) -> object:
+    found: object = module
+    for attribute in path.split("."):
+        if not hasattr(found, attribute):
+            raise CallbackConfigError(
+                f"callback {target!r}: module {module.__name__!r} has no {path!r}"
+                f"{_did_you_mean(attribute, dir(found))}; name a class, instance or module with "
+                f"at least one of {', '.join(HOOKS)}"
+            )
+        found = getattr(found, attribute)
+    return found
+
+
+def hook_problems(plugin: object) -> list[str]:
+    """Say what keeps ``plugin`` from being a callback; empty when nothing does."""
+    problems: list[str] = []
+    hooks = 0
+    for name in dir(plugin):
+        if name.startswith("_") or is_protocol_stub(plugin, name):
+            continue
+        static = inspect.getattr_static(plugin, name)
+        spec = getattr(static, "rayserve_hooks_impl", None) or {}
+        hook = spec.get("specname") or name
+        if hook in HOOKS:
+            hooks += 1
+            problems.extend(_signature_problems(plugin, name, spec))
+        elif spec or (name.startswith("on_") and callable(static)):
+            close = difflib.get_close_matches(hook, HOOKS, n=1, cutoff=0.85)
+            if close:
+                problems.append(f"method {name!r} is not a hook; did you mean {close[0]!r}?")
+            elif spec:
+                problems.append(f"{name!r} is marked as a hook; use one of {', '.join(HOOKS)}")
+    if not hooks and not problems:
+        problems.append(
+            f"{type(plugin).__name__} has no hook; define at least one of {', '.join(HOOKS)}"
+        )
+    return problems
+
+
+def is_protocol_stub(plugin: object, name: str) -> bool:
+    """Tell whether a method is `RayServeLLMCallback`'s own empty one, inherited."""
+    stub = vars(RayServeLLMCallback).get(name)
+    return stub is not None and inspect.getattr_static(plugin, name, None) is stub
+
+
+def _signature_problems(plugin: object, name: str, spec: Mapping[str, Any]) -> list[str]:
+    method = getattr(plugin, name)
+    if not inspect.isroutine(method):
+        kind = type(method).__name__
+        return [f"{name!r} is named after a hook, but is a {kind}; define a method of that name"]
+    parameters = inspect.signature(method).parameters
+    wanted = f"write 'def {name}({'self, ' if inspect.ismethod(method) else ''}ctx)'"
+    problems = []
+    if "ctx" not in parameters:
+        problems.append(f"{name}() has no parameter 'ctx'; {wanted}")
+    elif parameters["ctx"].default is not inspect.Parameter.empty:
+        # pluggy leaves a parameter with a default at its default.
+        problems.append(f"{name}() gives 'ctx' a default and would never get it; {wanted}")
+    extra = [p for p in parameters if p != "ctx"]
+    if extra:
+        problems.append(f"{name}() has unknown parameter {extra[0]!r}; {wanted}")
+    if spec.get("hookwrapper"):
+        problems.append(f"{name}() is an old-style hookwrapper; use wrapper=True")
+    if spec.get("wrapper") and not inspect.isgeneratorfunction(method):
+        problems.append(f"wrapper {name}() must be a 'def' with one 'yield'")
+    return problems
+
+
+def _default_name(target: object) -> str:
+    if isinstance(target, type):
+        return target.__name__
+    if isinstance(target, str):
+        return target.replace(":", ".").rpartition(".")[2]
+    return type(target).__name__
+
+
+def _signature(cls: type) -> str:
+    try:
+        return str(inspect.signature(cls))
+    except (TypeError, ValueError):
+        return "(...)"
+
+
+def _did_you_mean(word: object, known: Sequence[str] | Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

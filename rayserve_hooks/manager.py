@@ -1,0 +1,267 @@
+"""The plugin manager: registration, order, one per process and deployment."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import pluggy
+
+from rayserve_hooks import _pluggy, aio
+from rayserve_hooks.context import CallbackCtx, Handled
+from rayserve_hooks.errors import CallbackConfigError, HookError, describe
+from rayserve_hooks.hookspecs import HOOKS, PHASES, PROJECT, RayServeLLMCallback
+from rayserve_hooks.loading import CallbackEntry, is_protocol_stub, parse_callbacks
+from rayserve_hooks.trace import LOGGER_NAME
+
+logger = logging.getLogger(LOGGER_NAME)
+
+
+# What ``@hookimpl`` without arguments gives a method.
+_UNDECORATED = pluggy.HookimplOpts(
+    wrapper=False, hookwrapper=False, optionalhook=False, tryfirst=False, trylast=False,
+    specname=None,
+)
+
+
+@dataclass(frozen=True)
+class CallbackStack:
+    """A deployment's callback list: what travels to other processes, where managers are built.
+
+    Args:
+        deployment: Name of the deployment, so that two with the same list share nothing.
+        entries: The callbacks, in list order.
+        on_error: What an entry that does not say does when it fails.
+    """
+
+    deployment: str
+    entries: tuple[CallbackEntry, ...]
+    on_error: str = "raise"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.deployment, self.on_error, *(entry.key for entry in self.entries))
+
+
+class PluginManager(pluggy.PluginManager):
+    """A `pluggy.PluginManager` whose hooks run in list order, are traced and name who failed.
+
+    Args:
+        stack: The callbacks to build and register.
+
+    Raises:
+        CallbackConfigError: A callback cannot be imported or built, or is none.
+    """
+
+    def __init__(self, stack: CallbackStack) -> None:
+        super().__init__(PROJECT)
+        self.stack = stack
+        self.add_hookspecs(RayServeLLMCallback)
+        self._warns = {
+            entry.name for entry in stack.entries if (entry.on_error or stack.on_error) == "warn"
+        }
+        # Built in list order, registered from the last: pluggy runs the last registered first.
+        plugins = [(entry.name, entry.create()) for entry in stack.entries]
+        for name, plugin in reversed(plugins):
+            self.register(plugin, name)
+        for hook in HOOKS:
+            _pluggy.reverse_trylast(getattr(self.hook, hook))
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
+        """Take a method named after a hook as that hook, decorated or not."""
+        if is_protocol_stub(plugin, name):
+            return None
+        opts = super().parse_hookimpl_opts(plugin, name)
+        if opts is None and name in HOOKS and inspect.isroutine(getattr(plugin, name)):
+            return _UNDECORATED
+        return opts
+
+    def register(self, plugin: Any, name: str | None = None) -> str | None:
+        plugin_name = super().register(plugin, name)
+        if plugin_name is not None:
+            for caller in self.get_hookcallers(plugin) or ():
+                if caller.name in HOOKS:
+                    for impl in caller.get_hookimpls():
+                        if impl.plugin is plugin:
+                            self._instrument(impl, caller.name)
+        return plugin_name
+
+    def run_order(self) -> dict[str, list[str]]:
+        """Name each hook's callbacks in the order in which they run, wrappers outermost first."""
+        return {
+            hook: [impl.plugin_name for impl in reversed(getattr(self.hook, hook).get_hookimpls())]
+            for hook in HOOKS
+        }
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a rayserve_hooks PluginManager cannot be pickled: callbacks are built once in each "
+            "process; send the config and call rayserve_hooks.get_plugin_manager(config) there"
+        )
+
+    def _instrument(self, impl: pluggy.HookImpl, hook: str) -> None:
+        wrap = _wrapper_call if impl.wrapper else _call
+        warns = impl.plugin_name in self._warns
+        _pluggy.replace_function(impl, wrap(impl.function, impl.plugin_name, hook, warns))
+
+
+def _call(
+    function: Callable[..., Any], callback: str, hook: str, warns: bool
+) -> Callable[[CallbackCtx], Handled | None]:
+    """Make the function pluggy calls in place of a callback's own."""
+
+    def call(ctx: CallbackCtx) -> Handled | None:
+        entry, outer = ctx._begin(callback, hook)
+        outcome = "interrupted"  # stands when what is raised is no Exception
+        try:
+            returned = function(ctx)
+            result = None if returned is None else _checked(returned, hook)
+            outcome = "returned" if result is None else "handled"
+            return result
+        except Exception as error:
+            outcome = "warned" if warns else "failed"
+            _fail(error, ctx, callback, hook, warns)
+            return None
+        finally:
+            ctx._end(entry, outer, outcome)
+
+    return call
+
+
+def _wrapper_call(
+    function: Callable[..., Any], callback: str, hook: str, warns: bool
+) -> Callable[[CallbackCtx], Generator[None, Any, Any]]:
+    """Make the generator function pluggy calls in place of a wrapper's own."""
+
+    def call(ctx: CallbackCtx) -> Generator[None, Any, Any]:
+        entry, outer = ctx._begin(callback, hook)
+        outcome = "interrupted"
+        inner: Any = None
+        inner_error: BaseException | None = None
+        try:
+            generator = function(ctx)
+            next(generator)
+            ctx._note_changes(entry)  # what follows is the inner callbacks' doing
+            try:
+                inner = yield
+            except BaseException as error:  # the wrapper decides what becomes of it
+                inner_error = error
+                generator.throw(error)
+            else:
+                generator.send(inner)
+            raise RuntimeError("a wrapper must yield once")
+        except StopIteration as stop:
+            result = stop.value
+            if hook != "on_after_init" and result is not None:
+                result = _checked(result, hook)
+            outcome = "returned"
+            return result
+        except Exception as error:
+            outcome = "warned" if warns else "failed"
+            if error is inner_error:
+                outcome = "returned"
+                raise
+            _fail(error, ctx, callback, hook, warns)
+            return inner
+        finally:
+            ctx._end(entry, outer, outcome)
+
+    return call
+
+
+def _checked(result: object, hook: str) -> Handled | None:
+    """Await a coroutine; turn what a hook may return into a `Handled` or None."""
+    if inspect.isawaitable(result):
+        result = aio.run_coroutine(_awaited(result))
+    if result is None or (isinstance(result, Handled) and hook != "on_after_init"):
+        return result
+    if hook == "on_after_init":
+        raise TypeError(f"returned {_shown(result)}; {hook} has no result, return None")
+    if hook == "on_before_download" and isinstance(result, str | os.PathLike):
+        return Handled(model_path=result)
+    raise TypeError(
+        f"returned {_shown(result)}; return Handled(...) to say 'done, skip the rest', or None "
+        "to go on with the next callback"
+    )
+
+
+async def _awaited(awaitable: Awaitable[object]) -> object:
+    return await awaitable
+
+
+def _shown(result: object) -> str:
+    return repr(result) if isinstance(result, bool) else f"a {type(result).__name__}"
+
+
+def _fail(error: Exception, ctx: CallbackCtx, callback: str, hook: str, warns: bool) -> None:
+    """Raise the error as a `HookError`, or log it where the config says ``on_error: warn``."""
+    if isinstance(error, HookError):  # of a callback inside this one, which is already named
+        raise error
+    failure = HookError(
+        callback=callback, hook=hook, node=str(ctx.node), phase=PHASES[hook],
+        detail=describe(error),
+    )
+    if not warns:
+        raise failure from error
+    logger.warning("%s (on_error: warn, going on)", failure, exc_info=error)
+
+
+_managers: dict[object, PluginManager] = {}
+_managers_lock = threading.Lock()
+
+
+def get_plugin_manager(config: Any) -> PluginManager:
+    """Get this process's plugin manager of a deployment; the first call builds it.
+
+    Ray reuses worker processes across deployments, so the manager is kept by deployment and
+    callback list, never by process alone. Threads that ask at the same moment get the same one.
+
+    Args:
+        config: An ``LLMConfig`` of this package or, configured with ``HooksCallback``, of Ray.
+
+    Returns:
+        The manager; ``get_plugin_manager(config).hook.on_before_init(ctx=ctx)`` calls a hook.
+
+    Raises:
+        CallbackConfigError: A callback cannot be imported or built, or is none.
+    """
+    stack = config if isinstance(config, CallbackStack) else stack_of(config)
+    with _managers_lock:
+        if stack.key not in _managers:
+            _managers[stack.key] = PluginManager(stack)
+        return _managers[stack.key]
+
+
+def stack_of(config: Any) -> CallbackStack:
+    """Read the callback list of an ``LLMConfig``, ours or Ray's.
+
+    Raises:
+        CallbackConfigError: The list is malformed, or the config names a callback of Ray's own
+            kind instead of ``HooksCallback``.
+    """
+    from rayserve_hooks import _ray
+
+    settings = config.callback_config
+    kwargs = settings.callback_kwargs
+    if not _ray.runs_hooks(settings):
+        raise CallbackConfigError(
+            f"callback_config names {settings.callback_class!r}, which is not run as hooks; set "
+            "callback_class to 'rayserve_hooks.HooksCallback' and list callbacks in its "
+            "callback_kwargs"
+        )
+    unknown = sorted(set(kwargs) - {"callbacks"})
+    if unknown:
+        raise CallbackConfigError(
+            f"callback_kwargs has unknown key {unknown[0]!r}; HooksCallback takes 'callbacks', a "
+            "list"
+        )
+    return CallbackStack(
+        deployment=_ray.deployment_name(config.model_id),
+        entries=parse_callbacks(kwargs.get("callbacks", ()), "callbacks"),
+        on_error="raise" if settings.raise_error_on_callback else "warn",
+    )
