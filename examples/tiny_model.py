@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-CORPUS = ["user assistant system hello world the quick brown fox jumps over the lazy dog 0123456789"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+)
+CORPUS = ["user assistant system hello world the quick brown fox jumps over the lazy dog"]
 
 
 def make_tiny_model(folder: Path) -> Path:

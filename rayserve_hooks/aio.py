@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Coroutine
@@ -36,23 +37,47 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     """Wait for ``coroutine`` from synchronous code, also from inside a running event loop.
 
     It runs on the loop of the enclosing `run_in_thread`, otherwise on one loop per process, so
-    that a client opened in one hook still works in the next. A hook call made by code on that
-    very loop would wait for itself; it gets a loop of its own.
+    that a client opened in one hook still works in the next. A hook that an async callback calls
+    would wait for a loop that waits for it; its coroutines get a loop of their own.
     """
-    loop = _home_loop.get() or _process_loop()
+    inside_loop = True
     try:
-        running = asyncio.get_running_loop()
+        asyncio.get_running_loop()
     except RuntimeError:
-        running = None
-    if running is not None and running is loop:
-        loop = _process_loop()
-    if running is not None and running is loop:
-        return _on_a_loop_of_its_own(coroutine)
+        inside_loop = False
+    guarded = _guarded(coroutine)
+    if inside_loop and _nested.get():
+        outcome = _on_a_loop_of_its_own(guarded)
+    else:
+        loop = None if inside_loop else _home_loop.get()
+        outcome = asyncio.run_coroutine_threadsafe(guarded, loop or _process_loop()).result()
+    if isinstance(outcome, _Raised):
+        raise outcome.error
+    return outcome
+
+
+_nested: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "rayserve_hooks_nested", default=False
+)
+
+
+@dataclasses.dataclass
+class _Raised:
+    error: BaseException
+
+
+async def _guarded(coroutine: Coroutine[Any, Any, T]) -> T | _Raised:
+    """Hand any exception over as a value.
+
+    A ``SystemExit`` or ``KeyboardInterrupt`` would end the loop's thread before the caller hears
+    of it, and a cancellation would reach it as an ordinary ``concurrent.futures`` error, which
+    a hook's error handling swallows.
+    """
+    _nested.set(True)
     try:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-    except concurrent.futures.CancelledError:
-        # An ordinary Exception, unlike asyncio's: a hook's error handling would swallow it.
-        raise asyncio.CancelledError from None
+        return await coroutine
+    except BaseException as error:
+        return _Raised(error)
 
 
 _process_loop_lock = threading.Lock()
@@ -71,18 +96,5 @@ def _start_process_loop() -> asyncio.AbstractEventLoop:
 
 
 def _on_a_loop_of_its_own(coroutine: Coroutine[Any, Any, T]) -> T:
-    results: list[T] = []
-    failures: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            results.append(asyncio.run(coroutine))
-        except BaseException as error:  # handed to the caller, whatever it is
-            failures.append(error)
-
-    thread = threading.Thread(target=target, name="rayserve_hooks-aio-nested")
-    thread.start()
-    thread.join()
-    if failures:
-        raise failures[0]
-    return results[0]
+    with concurrent.futures.ThreadPoolExecutor(1, "rayserve_hooks-aio-nested") as thread:
+        return thread.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()

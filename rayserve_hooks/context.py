@@ -281,13 +281,13 @@ class CallbackCtx:
     def __repr__(self) -> str:
         # Values of dicts stay out: env_vars and engine arguments may hold secrets.
         fields = ", ".join(
-            f"{name}={sorted(value)!r}" if isinstance(value, dict) else f"{name}={value!s}"
+            f"{name}={sorted(map(str, value)) if isinstance(value, dict) else value}"
             for name, value in self._values.items()
         )
         return f"CallbackCtx(node={self.node}, {fields}, nodes={sorted(self._nodes)})"
 
     def _who(self) -> str:
-        return f"callback {self._running!r}: " if self._running else ""
+        return f"callback {self._running.callback!r}: " if self._running else ""
 
     def _unknown_field(self, name: str) -> str:
         known = (*_READ_WRITE, *_READ_ONLY)
@@ -298,13 +298,15 @@ class CallbackCtx:
     # Below is the side of the manager, which brackets each call of a callback so that errors, the
     # trace and conflicts can name who is running, and of the initialization.
 
-    def _begin(self, callback: str, hook: str) -> tuple[TraceEntry, str | None]:
-        entry = self._trace.start(callback, hook, self._role, self._node)
+    def _begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
         outer = self._running
-        object.__setattr__(self, "_running", callback)
+        if outer is not None:  # a hook call inside a callback: charge it with its own changes
+            self._note_changes(outer)
+        entry = self._trace.start(callback, hook, self._role, self._node)
+        object.__setattr__(self, "_running", entry)
         return entry, outer
 
-    def _end(self, entry: TraceEntry, outer: str | None, outcome: str) -> None:
+    def _end(self, entry: TraceEntry, outer: TraceEntry | None, outcome: str) -> None:
         self._note_changes(entry)
         object.__setattr__(self, "_running", outer)
         entry.finish(outcome)

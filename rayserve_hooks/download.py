@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,7 +80,7 @@ def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable) -> Pat
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE, f"models--{model_id.replace('/', '--')}")
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     with FileLock(folder / ".rayserve_hooks.lock"):
         store = _open(uri)
         objects = _list(store, uri)
@@ -90,8 +92,8 @@ def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable) -> Pat
             )
         revision = _DEFAULT_REVISION
         if _REVISION_OBJECT in objects:
-            revision = _read(store, _REVISION_OBJECT, uri).decode().strip()
-            if Path(revision).name != revision:
+            revision = _read(store, _REVISION_OBJECT, uri).decode("ascii", "replace").strip()
+            if not re.fullmatch(r"[\w-][\w.-]*", revision, re.ASCII):
                 raise DownloadError(
                     f"the object 'hash' of {uri} holds {revision!r}, which cannot name a folder; "
                     "store the revision there, or delete it"
@@ -99,7 +101,7 @@ def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable) -> Pat
         snapshot = folder / "snapshots" / revision
         _fetch_all(store, wanted, snapshot, uri)
         # Written last and by rename: refs/main is what says that the snapshot can be read.
-        (folder / "refs").mkdir(exist_ok=True)
+        _make_folder(folder / "refs")
         _replace(folder / "refs" / "main", [revision.encode()])
     return snapshot
 
@@ -135,7 +137,7 @@ def _open(uri: str) -> ObjectStore:
     try:
         return from_url(f"{scheme}://{rest}", **options)
     except Exception as error:  # obstore raises classes of its own per store
-        raise DownloadError(f"cannot open {uri}: {describe(error)}") from error
+        raise DownloadError(f"cannot open {uri}: {_message(error)}") from error
 
 
 def _list(store: ObjectStore, uri: str) -> dict[str, int]:
@@ -149,7 +151,7 @@ def _list(store: ObjectStore, uri: str) -> dict[str, int]:
         }
     except Exception as error:  # obstore raises classes of its own per store
         raise DownloadError(
-            f"cannot list {uri}: {describe(error)}; check endpoint, region and credentials"
+            f"cannot list {uri}: {_message(error)}; check endpoint, region and credentials"
         ) from error
     if not found:
         raise DownloadError(f"{uri} holds no object; check bucket and path")
@@ -170,7 +172,7 @@ def _fetch_all(store: ObjectStore, sizes: dict[str, int], folder: Path, uri: str
 
 
 def _fetch(store: ObjectStore, path: str, size: int, target: Path, uri: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(target.parent)
     try:
         written = _replace(target, store.get(path).stream(), size)
     except DownloadError:
@@ -178,20 +180,33 @@ def _fetch(store: ObjectStore, path: str, size: int, target: Path, uri: str) -> 
     except OSError as error:
         raise DownloadError(f"cannot write {target}: {describe(error)}") from error
     except Exception as error:  # obstore raises classes of its own per store
-        raise DownloadError(f"cannot fetch {path!r} of {uri}: {describe(error)}") from error
+        raise DownloadError(f"cannot fetch {path!r} of {uri}: {_message(error)}") from error
     logger.debug("%s: fetched %s, %d bytes", uri, path, written)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DownloadError(f"cannot make the folder {folder}: {describe(error)}") from error
 
 
 def _read(store: ObjectStore, path: str, uri: str) -> bytes:
     try:
         return bytes(store.get(path).bytes())
     except Exception as error:  # obstore raises classes of its own per store
-        raise DownloadError(f"cannot fetch {path!r} of {uri}: {describe(error)}") from error
+        raise DownloadError(f"cannot fetch {path!r} of {uri}: {_message(error)}") from error
+
+
+def _message(error: Exception) -> str:
+    """Keep the store's own message, without obstore's dump of its internals below it."""
+    return describe(error).partition("\n\nDebug source")[0]
 
 
 def _replace(target: Path, chunks: Iterable[Any], size: int | None = None) -> int:
     """Write a file under a temporary name, check its size, then rename it into place."""
-    partial = target.with_name(f".{target.name}.partial")
+    # Unique: extra files of two deployments may go to one place at the same moment.
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
     try:
         with partial.open("wb") as file:
             for chunk in chunks:

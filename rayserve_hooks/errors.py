@@ -33,7 +33,7 @@ class HookError(HooksError, RuntimeError):
         node: The node the step ran on, as ``"<node id> (<address>)"``.
         phase: ``"before init"``, ``"placement"``, ``"before download"``, ``"download"``,
             ``"engine arguments"`` or ``"after init"``.
-        detail: What went wrong, in one line.
+        detail: What went wrong.
     """
 
     def __init__(

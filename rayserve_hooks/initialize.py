@@ -34,7 +34,9 @@ logger = logging.getLogger(LOGGER_NAME)
 _PLACEMENT_LOG_S = 10.0
 
 
-async def initialize_node(config: LLMConfig) -> CallbackCtx:
+async def initialize_node(
+    config: LLMConfig, *, placement_group: PlacementGroup | None = None
+) -> CallbackCtx:
     """Initialize all nodes of a deployment, with its callbacks.
 
     Inside a Serve replica `HooksCallback` calls this; anywhere else connect to Ray first.
@@ -43,6 +45,9 @@ async def initialize_node(config: LLMConfig) -> CallbackCtx:
     Args:
         config: An ``LLMConfig`` of this package or, configured with ``HooksCallback``, of Ray.
             Its engine config gets the model path and the callbacks' ``extra_init_kwargs``.
+        placement_group: The group that callbacks find in the context; by default the one this
+            process runs in, which in a replica is Serve's. Without either, and unless a callback
+            supplies one, the config's default group is created.
 
     Returns:
         The context after ``on_after_init``: ``nodes``, ``trace``, ``placement_group`` and what
@@ -55,7 +60,7 @@ async def initialize_node(config: LLMConfig) -> CallbackCtx:
     """
     started = time.perf_counter()
     manager = get_plugin_manager(stack_of(config))
-    ctx = _new_context(config)
+    ctx = _new_context(config, placement_group or _ray.current_placement_group())
     environment = _Environment(ctx)
     created: PlacementGroup | None = None
     try:
@@ -83,7 +88,7 @@ async def initialize_node(config: LLMConfig) -> CallbackCtx:
     return ctx
 
 
-def _new_context(config: LLMConfig) -> CallbackCtx:
+def _new_context(config: LLMConfig, group: PlacementGroup | None) -> CallbackCtx:
     mode = _ray.default_download_mode(config)
     return CallbackCtx(
         llm_config=config,
@@ -91,7 +96,7 @@ def _new_context(config: LLMConfig) -> CallbackCtx:
         role="replica" if _ray.in_replica() else "driver",
         local_node_download_model=mode,
         worker_node_download_model=mode,
-        placement_group=_ray.current_placement_group(),
+        placement_group=group,
         runtime_env=_ray.initial_runtime_env(config),
     )
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -36,6 +37,9 @@ class CallbackEntry:
             entry point's.
         on_error: ``"raise"`` or ``"warn"``; None means what the deployment's config says.
 
+    Attributes:
+        key: Equal for two entries that ask for the same plugin, in any process.
+
     Raises:
         CallbackConfigError: The arguments contradict each other.
     """
@@ -55,24 +59,19 @@ class CallbackEntry:
         self.target = target if isinstance(target, str | type) else None
         self._instance = None if isinstance(target, str | type) else target
         self._instance_bytes: bytes | None = None
-        self._instance_token = "" if self._instance is None else uuid.uuid4().hex
+        self.key = (self.name, self._what(), _canonical(self.kwargs), on_error or "")
         if self._instance is not None and self.kwargs:
             raise CallbackConfigError(
                 f"callback {self.name!r}: kwargs {sorted(self.kwargs)} given for an instance, "
                 "which is already built; pass the class instead, or drop kwargs"
             )
 
-    @property
-    def key(self) -> tuple[str, ...]:
-        """Equal for two entries that ask for the same plugin, in any process."""
+    def _what(self) -> str:
         if self.target is None:
-            what = self._instance_token
-        elif isinstance(self.target, type):
-            what = f"{self.target.__module__}:{self.target.__qualname__}"
-        else:
-            what = self.target
-        kwargs = json.dumps(self.kwargs, sort_keys=True, default=repr)
-        return (self.name, what, kwargs, self.on_error or "")
+            return _identity(self._instance)
+        if isinstance(self.target, type):
+            return f"{self.target.__module__}:{self.target.__qualname__}"
+        return self.target
 
     def create(self) -> object:
         """Build the plugin, or import the module that is one.
@@ -146,6 +145,21 @@ class CallbackEntry:
         return f"<callback {self.name!r}: {what!s}{kwargs}>"
 
 
+_PROCESS = uuid.uuid4().hex
+
+
+def _identity(value: object) -> str:
+    """Name an object for as long as it lives, in all processes."""
+    return f"{_PROCESS}:{os.getpid()}:{id(value)}"
+
+
+def _canonical(kwargs: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(kwargs, sort_keys=True, default=_identity)
+    except TypeError:  # keys that are no strings
+        return repr(sorted((str(name), repr(value)) for name, value in kwargs.items()))
+
+
 def parse_callbacks(value: object, where: str = "callbacks") -> tuple[CallbackEntry, ...]:
     """Turn a config's callback list into entries.
 
@@ -174,7 +188,7 @@ def parse_callbacks(value: object, where: str = "callbacks") -> tuple[CallbackEn
 def _parse(item: object, where: str) -> CallbackEntry:
     if isinstance(item, CallbackEntry):
         return item
-    if item is None or isinstance(item, bool | int | float | bytes):
+    if _is_no_callback(item):
         raise CallbackConfigError(
             f"{where} is {item!r}; write a string such as 'pkg.module:Class', a class, an "
             "instance, a module, or a mapping with 'callback'"
@@ -189,6 +203,14 @@ def _parse(item: object, where: str) -> CallbackEntry:
         )
     if item.get("callback") is None:
         raise CallbackConfigError(f"{where} names no callback; add 'callback: pkg.module:Class'")
+    if _is_no_callback(item["callback"]):
+        raise CallbackConfigError(
+            f"{where}: callback is {item['callback']!r}; write a string such as "
+            "'pkg.module:Class', a class, an instance or a module"
+        )
+    name = item.get("name")
+    if name is not None and not (isinstance(name, str) and name):
+        raise CallbackConfigError(f"{where}: name is {name!r}; write a string")
     kwargs = item.get("kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise CallbackConfigError(
@@ -199,7 +221,11 @@ def _parse(item: object, where: str) -> CallbackEntry:
         raise CallbackConfigError(
             f"{where}: on_error is {on_error!r}; use one of {', '.join(ON_ERROR)}"
         )
-    return CallbackEntry(item["callback"], kwargs, item.get("name"), on_error)
+    return CallbackEntry(item["callback"], kwargs, name, on_error)
+
+
+def _is_no_callback(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | bytes)
 
 
 def resolve(target: str) -> object:
@@ -306,8 +332,9 @@ def is_protocol_stub(plugin: object, name: str) -> bool:
 
 def _signature_problems(plugin: object, name: str, spec: Mapping[str, Any]) -> list[str]:
     method = getattr(plugin, name)
-    if not inspect.isroutine(method):
-        kind = type(method).__name__
+    function = getattr(method, "__func__", method)
+    if not inspect.isfunction(function):
+        kind = type(function).__name__
         return [f"{name!r} is named after a hook, but is a {kind}; define a method of that name"]
     parameters = inspect.signature(method).parameters
     wanted = f"write 'def {name}({'self, ' if inspect.ismethod(method) else ''}ctx)'"
@@ -317,6 +344,11 @@ def _signature_problems(plugin: object, name: str, spec: Mapping[str, Any]) -> l
     elif parameters["ctx"].default is not inspect.Parameter.empty:
         # pluggy leaves a parameter with a default at its default.
         problems.append(f"{name}() gives 'ctx' a default and would never get it; {wanted}")
+    elif parameters["ctx"].kind not in (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.POSITIONAL_ONLY,
+    ):
+        problems.append(f"{name}() takes 'ctx' by keyword only, which pluggy cannot; {wanted}")
     extra = [p for p in parameters if p != "ctx"]
     if extra:
         problems.append(f"{name}() has unknown parameter {extra[0]!r}; {wanted}")

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -61,6 +61,7 @@ class PluginManager(pluggy.PluginManager):
     def __init__(self, stack: CallbackStack) -> None:
         super().__init__(PROJECT)
         self.stack = stack
+        self._stand_ins: dict[int, Any] = {}  # by id of the plugin, which the stand-in keeps alive
         self.add_hookspecs(RayServeLLMCallback)
         self._warns = {
             entry.name for entry in stack.entries if (entry.on_error or stack.on_error) == "warn"
@@ -82,14 +83,50 @@ class PluginManager(pluggy.PluginManager):
         return opts
 
     def register(self, plugin: Any, name: str | None = None) -> str | None:
-        plugin_name = super().register(plugin, name)
+        already = self.get_name(plugin)
+        if already is not None:
+            raise CallbackConfigError(
+                f"callbacks {already!r} and {name!r} are the same object; name the class twice, "
+                "or make two instances"
+            )
+        registered = self._stand_ins[id(plugin)] = _stand_in(plugin)
+        plugin_name = super().register(registered, name)
         if plugin_name is not None:
-            for caller in self.get_hookcallers(plugin) or ():
+            for caller in super().get_hookcallers(registered) or ():
                 if caller.name in HOOKS:
                     for impl in caller.get_hookimpls():
-                        if impl.plugin is plugin:
+                        if impl.plugin is registered:
                             self._instrument(impl, caller.name)
         return plugin_name
+
+    # pluggy compares plugins with ==, and would take two equal instances, such as those of a
+    # dataclass, for one. It gets to see a stand-in of such a plugin; callers never do.
+
+    def unregister(self, plugin: Any = None, name: str | None = None) -> Any | None:
+        return _seen_through(super().unregister(self._registered(plugin), name))
+
+    def get_name(self, plugin: Any) -> str | None:
+        return super().get_name(self._registered(plugin))
+
+    def get_plugin(self, name: str) -> Any | None:
+        return _seen_through(super().get_plugin(name))
+
+    def list_name_plugin(self) -> list[tuple[str, Any]]:
+        return [(name, _seen_through(plugin)) for name, plugin in super().list_name_plugin()]
+
+    def is_registered(self, plugin: Any) -> bool:
+        return self.get_name(plugin) is not None
+
+    def get_hookcallers(self, plugin: Any) -> list[pluggy.HookCaller] | None:
+        return super().get_hookcallers(self._registered(plugin))
+
+    def subset_hook_caller(
+        self, name: str, remove_plugins: Iterable[Any]
+    ) -> pluggy.HookCaller:
+        return super().subset_hook_caller(name, [self._registered(p) for p in remove_plugins])
+
+    def _registered(self, plugin: Any) -> Any:
+        return self._stand_ins.get(id(plugin), plugin)
 
     def run_order(self) -> dict[str, list[str]]:
         """Name each hook's callbacks in the order in which they run, wrappers outermost first."""
@@ -108,6 +145,25 @@ class PluginManager(pluggy.PluginManager):
         wrap = _wrapper_call if impl.wrapper else _call
         warns = impl.plugin_name in self._warns
         _pluggy.replace_function(impl, wrap(impl.function, impl.plugin_name, hook, warns))
+
+
+class _StandIn:
+    """Has a plugin's hooks, and is equal to itself only."""
+
+    def __init__(self, plugin: object) -> None:
+        self.stands_for = plugin
+        for name in dir(plugin):
+            if not name.startswith("_") and inspect.isroutine(method := getattr(plugin, name)):
+                setattr(self, name, method)
+
+
+def _stand_in(plugin: Any) -> Any:
+    compares_by_identity = getattr(type(plugin), "__eq__", None) is getattr(object, "__eq__", None)
+    return plugin if compares_by_identity else _StandIn(plugin)
+
+
+def _seen_through(plugin: Any) -> Any:
+    return plugin.stands_for if isinstance(plugin, _StandIn) else plugin
 
 
 def _call(
@@ -143,35 +199,59 @@ def _wrapper_call(
         outcome = "interrupted"
         inner: Any = None
         inner_error: BaseException | None = None
+        yielded = False
         try:
-            generator = function(ctx)
-            next(generator)
-            ctx._note_changes(entry)  # what follows is the inner callbacks' doing
             try:
-                inner = yield
-            except BaseException as error:  # the wrapper decides what becomes of it
-                inner_error = error
-                generator.throw(error)
-            else:
-                generator.send(inner)
-            raise RuntimeError("a wrapper must yield once")
-        except StopIteration as stop:
-            result = stop.value
-            if hook != "on_after_init" and result is not None:
-                result = _checked(result, hook)
-            outcome = "returned"
-            return result
-        except Exception as error:
-            outcome = "warned" if warns else "failed"
-            if error is inner_error:
+                generator = function(ctx)
+                _start(generator)
+                ctx._note_changes(entry)  # what follows is the inner callbacks' doing
+                yielded = True
+                try:
+                    inner = yield
+                except BaseException as error:  # the wrapper decides what becomes of it
+                    inner_error = error
+                result = _resume(generator, inner, inner_error)
+                if hook != "on_after_init" and result is not None:
+                    result = _checked(result, hook)
                 outcome = "returned"
-                raise
-            _fail(error, ctx, callback, hook, warns)
+                return result
+            except Exception as error:
+                if error is inner_error:
+                    outcome = "returned"
+                    raise
+                outcome = "warned" if warns else "failed"
+                _fail(error, ctx, callback, hook, warns)
+            # A failure with on_error: warn: go on as if the wrapper were not there.
+            if not yielded:
+                return (yield)
+            if inner_error is not None:
+                raise inner_error
             return inner
         finally:
             ctx._end(entry, outer, outcome)
 
     return call
+
+
+def _start(generator: Generator[None, Any, Any]) -> None:
+    try:
+        next(generator)
+    except StopIteration:
+        raise RuntimeError("a wrapper must yield once") from None
+
+
+def _resume(
+    generator: Generator[None, Any, Any], inner: object, inner_error: BaseException | None
+) -> object:
+    try:
+        if inner_error is None:
+            generator.send(inner)
+        else:
+            generator.throw(inner_error)
+    except StopIteration as stop:
+        return stop.value
+    generator.close()
+    raise RuntimeError("a wrapper must yield once")
 
 
 def _checked(result: object, hook: str) -> Handled | None:
@@ -200,8 +280,8 @@ def _shown(result: object) -> str:
 
 def _fail(error: Exception, ctx: CallbackCtx, callback: str, hook: str, warns: bool) -> None:
     """Raise the error as a `HookError`, or log it where the config says ``on_error: warn``."""
-    if isinstance(error, HookError):  # of a callback inside this one, which is already named
-        raise error
+    if isinstance(error, HookError) and not warns:
+        raise error  # of a hook called by this callback; it names who failed already
     failure = HookError(
         callback=callback, hook=hook, node=str(ctx.node), phase=PHASES[hook],
         detail=describe(error),
@@ -212,7 +292,7 @@ def _fail(error: Exception, ctx: CallbackCtx, callback: str, hook: str, warns: b
 
 
 _managers: dict[object, PluginManager] = {}
-_managers_lock = threading.Lock()
+_managers_lock = threading.RLock()  # a callback's constructor may ask for its own manager
 
 
 def get_plugin_manager(config: Any) -> PluginManager:
@@ -260,8 +340,11 @@ def stack_of(config: Any) -> CallbackStack:
             f"callback_kwargs has unknown key {unknown[0]!r}; HooksCallback takes 'callbacks', a "
             "list"
         )
+    entries = parse_callbacks(kwargs.get("callbacks", ()), "callbacks")
+    # Kept in the config: later calls, and the processes it is sent to, see the same entries.
+    kwargs["callbacks"] = list(entries)
     return CallbackStack(
         deployment=_ray.deployment_name(config.model_id),
-        entries=parse_callbacks(kwargs.get("callbacks", ()), "callbacks"),
+        entries=entries,
         on_error="raise" if settings.raise_error_on_callback else "warn",
     )

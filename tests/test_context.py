@@ -1,0 +1,269 @@
+import enum
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from plugins_for_tests import make_ctx, make_manager
+
+from rayserve_hooks.context import (
+    CallbackCtx,
+    Handled,
+    NodeInfo,
+    NodeModelDownloadable,
+    NodeResult,
+)
+from rayserve_hooks.errors import HookError
+
+MODES = ["MODEL_AND_TOKENIZER", "TOKENIZER_ONLY", "EXCLUDE_SAFETENSORS", "NONE"]
+MODE_FIELDS = ["local_node_download_model", "worker_node_download_model"]
+DICT_FIELDS = ["runtime_env", "extra_init_kwargs", "custom_data"]
+READ_ONLY = ["llm_config", "node", "nodes", "trace"]
+
+OtherEnum = enum.Enum("OtherEnum", ["ALL"])
+ForeignMode = enum.Enum("ForeignMode", MODES)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("field", MODE_FIELDS)
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("kind", [str, NodeModelDownloadable.__getitem__, ForeignMode.__getitem__])
+def test_a_download_mode_is_accepted_in_each_form(field: str, name: str, kind: Any) -> None:
+    ctx = make_ctx(**dict.fromkeys(MODE_FIELDS, "NONE" if name != "NONE" else "TOKENIZER_ONLY"))
+    setattr(ctx, field, kind(name))
+    assert getattr(ctx, field) is NodeModelDownloadable[name]
+
+
+@pytest.mark.parametrize("field", MODE_FIELDS)
+@pytest.mark.parametrize("wrong", ["ALL", "none", None, True, OtherEnum["ALL"]])
+def test_a_wrong_download_mode_lists_the_modes(field: str, wrong: object) -> None:
+    ctx = make_ctx()
+    text = (
+        f"cannot set ctx.{field}: {wrong!r} is not a download mode; "
+        "use one of EXCLUDE_SAFETENSORS, MODEL_AND_TOKENIZER, NONE, TOKENIZER_ONLY"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        setattr(ctx, field, wrong)
+    assert getattr(ctx, field) is NodeModelDownloadable.MODEL_AND_TOKENIZER
+
+
+@pytest.mark.parametrize("field", DICT_FIELDS)
+def test_a_dict_field_keeps_the_very_dict_assigned(field: str) -> None:
+    ctx, value = make_ctx(), {"key": 1}
+    setattr(ctx, field, value)
+    assert getattr(ctx, field) is value
+
+
+@pytest.mark.parametrize("field", DICT_FIELDS)
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (None, "NoneType is not a dict; assign a dict with string keys"),
+        ([("a", 1)], "list is not a dict; assign a dict with string keys"),
+        ({"a": 1, 2: 3}, "key 2 is not a string; use string keys"),
+    ],
+)
+def test_a_dict_field_refuses(field: str, wrong: object, text: str) -> None:
+    ctx = make_ctx()
+    with pytest.raises(TypeError, match=f"^{re.escape(f'cannot set ctx.{field}: {text}')}$"):
+        setattr(ctx, field, wrong)
+
+
+def test_a_refused_value_is_not_quoted_as_it_may_hold_secrets() -> None:
+    with pytest.raises(TypeError) as caught:
+        make_ctx(runtime_env=[("TOKEN", "s3cret")])
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_placement_group_is_known_by_its_attributes() -> None:
+    ctx = make_ctx()
+    group: Any = SimpleNamespace(id="pg", bundle_specs=[{"CPU": 1}])
+    ctx.placement_group = group
+    assert ctx.placement_group is group
+    ctx.placement_group = None
+    assert ctx.placement_group is None
+
+
+def test_anything_else_is_no_placement_group() -> None:
+    ctx = make_ctx()
+    text = (
+        "cannot set ctx.placement_group: 'pg-1' is not a placement group; "
+        "assign what ray.util.placement_group() returns"
+    )
+    with pytest.raises(TypeError, match=re.escape(text)):
+        ctx.placement_group = "pg-1"  # type: ignore[assignment]
+
+
+def test_initial_values_are_checked_like_assignments() -> None:
+    with pytest.raises(ValueError, match=re.escape("cannot set ctx.local_node_download_model: 7")):
+        make_ctx(local_node_download_model=7)
+    with pytest.raises(AttributeError, match="did you mean 'runtime_env'"):
+        make_ctx(runtime_envs={})
+
+
+@pytest.mark.parametrize("field", READ_ONLY)
+def test_a_read_only_field_says_what_may_be_changed(field: str) -> None:
+    ctx = make_ctx()
+    text = (
+        f"ctx.{field} is read-only; change one of local_node_download_model, "
+        "worker_node_download_model, placement_group, runtime_env, extra_init_kwargs, custom_data"
+    )
+    with pytest.raises(AttributeError, match=f"^{re.escape(text)}$"):
+        setattr(ctx, field, {})
+
+
+def test_nodes_cannot_be_changed_in_place() -> None:
+    nodes: Any = make_ctx().nodes
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        nodes["n1"] = None
+
+
+def test_writing_a_misspelt_field_suggests_the_right_one() -> None:
+    ctx = make_ctx()
+    text = "CallbackCtx has no field 'runtime_envs'; did you mean 'runtime_env'?"
+    with pytest.raises(AttributeError, match=f"^{re.escape(text)}$"):
+        ctx.runtime_envs = {}
+
+
+def test_reading_a_misspelt_field_suggests_the_right_one() -> None:
+    text = "CallbackCtx has no field 'custom_date'; did you mean 'custom_data'?"
+    with pytest.raises(AttributeError, match=f"^{re.escape(text)}$"):
+        _ = make_ctx().custom_date
+
+
+def test_an_unlike_field_gets_the_list_of_fields() -> None:
+    text = "CallbackCtx has no field 'zzz'; use one of local_node_download_model, worker_node"
+    with pytest.raises(AttributeError, match=f"^{re.escape(text)}"):
+        _ = make_ctx().zzz
+
+
+class MisspeltWrite:
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        ctx.runtime_envs = {}
+
+
+class MisspeltRead:
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        _ = ctx.runtime_envs
+
+
+class WrongValue:
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        ctx.local_node_download_model = "ALL"
+
+
+class ReadOnlyWrite:
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        ctx.node = NodeInfo("n2", "10.0.0.2", is_local=False)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("cls", "text"),
+    [
+        (MisspeltWrite, "CallbackCtx has no field 'runtime_envs'; did you mean 'runtime_env'?"),
+        (MisspeltRead, "CallbackCtx has no field 'runtime_envs'; did you mean 'runtime_env'?"),
+        (WrongValue, "cannot set ctx.local_node_download_model: 'ALL' is not a download mode"),
+        (ReadOnlyWrite, "ctx.node is read-only; change one of "),
+    ],
+)
+def test_inside_a_callback_the_error_names_it(cls: type, text: str) -> None:
+    manager, ctx = make_manager({"callback": cls, "name": "mine"}), make_ctx()
+    with pytest.raises(HookError) as caught:
+        manager.hook.on_before_init(ctx=ctx)
+    assert str(caught.value.__cause__).startswith(f"callback 'mine': {text}")
+
+
+def test_after_a_callback_the_error_names_it_no_longer() -> None:
+    class Good:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            pass
+
+    ctx = make_ctx()
+    make_manager(Good).hook.on_before_init(ctx=ctx)
+    with pytest.raises(AttributeError, match=r"^CallbackCtx has no field 'zzz'"):
+        _ = ctx.zzz
+
+
+def test_repr_shows_keys_but_no_values_of_dicts() -> None:
+    ctx = make_ctx(
+        runtime_env={"env_vars": {"TOKEN": "s3cret"}},
+        extra_init_kwargs={"api_key": "s3cret"},
+        custom_data={"password": "s3cret"},
+    )
+    assert repr(ctx) == (
+        "CallbackCtx(node=n1 (10.0.0.1), "
+        "local_node_download_model=NodeModelDownloadable.MODEL_AND_TOKENIZER, "
+        "worker_node_download_model=NodeModelDownloadable.MODEL_AND_TOKENIZER, "
+        "placement_group=None, runtime_env=['env_vars'], extra_init_kwargs=['api_key'], "
+        "custom_data=['password'], nodes=[])"
+    )
+
+
+def test_repr_copes_with_keys_that_were_put_in_place() -> None:
+    data: Any = {"a": 1}
+    ctx = make_ctx(custom_data=data)
+    data[2] = "two"
+    assert "custom_data=" in repr(ctx)
+
+
+def test_repr_of_a_node_result_hides_custom_data() -> None:
+    node = NodeInfo("n1", "10.0.0.1", is_local=True)
+    assert "s3cret" not in repr(NodeResult(node, "/m", {"token": "s3cret"}, None, 0.1, 0.2))
+
+
+def test_llm_config_is_loaded_at_its_first_use_and_once() -> None:
+    loads: list[object] = []
+
+    def load() -> Any:
+        loads.append(object())
+        return loads[-1]
+
+    ctx = CallbackCtx(llm_config=load, node=NodeInfo("n1", "10.0.0.1", is_local=True))
+    assert not loads
+    assert ctx.llm_config is ctx.llm_config is loads[0]
+    assert len(loads) == 1
+
+
+def test_handled_takes_a_path_as_a_string() -> None:
+    assert Handled("/models/a").model_path == "/models/a"
+    assert Handled().model_path is None
+
+
+def test_handled_turns_a_path_object_into_a_string() -> None:
+    assert Handled(Path("/models/a"), reason="cached") == Handled("/models/a", "cached")
+    assert type(Handled(Path("/models/a")).model_path) is str
+
+
+@pytest.mark.parametrize("wrong", [True, False, 3, b"/models/a", ["/models/a"]])
+def test_handled_refuses_what_is_no_path(wrong: Any) -> None:
+    text = f"Handled(model_path=...) takes a path or None, got {wrong!r}"
+    with pytest.raises(TypeError, match=re.escape(text)):
+        Handled(wrong)
+
+
+def test_handled_refuses_a_path_object_of_bytes() -> None:
+    class BytesPath(os.PathLike[bytes]):
+        def __fspath__(self) -> bytes:
+            return b"/models/a"
+
+    with pytest.raises(TypeError, match=re.escape("takes a path or None, got b'/models/a'")):
+        Handled(BytesPath())  # type: ignore[arg-type]
+
+
+def test_handled_refuses_an_empty_path() -> None:
+    text = "Handled(model_path='') names no folder; give a path or None"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        Handled("")
+
+
+def test_handled_refuses_a_reason_that_is_no_string() -> None:
+    with pytest.raises(TypeError, match=re.escape("Handled(reason=...) takes a string, got None")):
+        Handled(reason=None)  # type: ignore[arg-type]
+
+
+def test_handled_is_frozen() -> None:
+    with pytest.raises(AttributeError, match="cannot assign to field 'model_path'"):
+        Handled("/a").model_path = "/b"  # type: ignore[misc]
+
+

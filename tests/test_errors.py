@@ -1,0 +1,154 @@
+import pickle
+import re
+import threading
+
+import pytest
+
+from rayserve_hooks.errors import (
+    CallbackConfigError,
+    DownloadError,
+    HookError,
+    HooksError,
+    RemoteCause,
+    describe,
+)
+
+NODE = "n1 (10.0.0.1)"
+
+
+def hook_error() -> HookError:
+    return HookError(
+        callback="Fetch", hook="on_before_init", node=NODE, phase="before init",
+        detail="ValueError: boom",
+    )
+
+
+def fetch_the_weights(error: Exception) -> None:
+    raise error
+
+
+def raised_from(cause: Exception) -> HookError:
+    error = hook_error()
+    try:
+        fetch_the_weights(cause)
+    except Exception as caught:
+        error.__cause__ = caught
+    return error
+
+
+def sent(error: HookError) -> HookError:
+    copy = pickle.loads(pickle.dumps(error))
+    assert isinstance(copy, HookError)
+    return copy
+
+
+class LockedError(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+class TwoArgumentsError(Exception):
+    """Pickles, but cannot be rebuilt from its args."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{reason} ({code})")
+
+
+def test_the_text_names_callback_hook_node_and_phase_and_says_what_to_do() -> None:
+    assert str(hook_error()) == (
+        "callback 'Fetch' failed in hook on_before_init on node n1 (10.0.0.1) "
+        "(phase: before init): ValueError: boom; fix the callback, or set 'on_error: warn' on it "
+        "to go on without it"
+    )
+
+
+def test_the_text_without_a_callback_names_the_phase() -> None:
+    error = HookError(callback=None, hook=None, node=NODE, phase="download", detail="disk full")
+    assert str(error) == (
+        "node initialization failed on node n1 (10.0.0.1) (phase: download): disk full"
+    )
+
+
+def test_fields_and_text_survive_pickling() -> None:
+    error = hook_error()
+    copy = sent(error)
+    assert vars(copy) == vars(error)
+    assert str(copy) == str(error)
+    assert copy.__cause__ is None
+
+
+def test_fields_without_a_callback_survive_pickling() -> None:
+    error = HookError(callback=None, hook=None, node=NODE, phase="placement", detail="no room")
+    assert vars(sent(error)) == vars(error)
+
+
+def test_the_cause_survives_pickling_with_its_type_and_arguments() -> None:
+    cause = sent(raised_from(KeyError("missing"))).__cause__
+    assert type(cause) is KeyError
+    assert cause.args == ("missing",)
+
+
+def test_the_cause_carries_its_traceback_as_a_note() -> None:
+    cause = sent(raised_from(ValueError("boom"))).__cause__
+    assert cause is not None
+    (note,) = cause.__notes__
+    assert note.startswith("traceback in the process where it was raised:\nTraceback (most recent")
+    assert "in fetch_the_weights" in note
+    assert note.endswith("ValueError: boom\n")
+
+
+def test_a_second_journey_keeps_the_first_note() -> None:
+    cause = sent(sent(raised_from(ValueError("boom")))).__cause__
+    assert cause is not None
+    assert "in fetch_the_weights" in cause.__notes__[0]
+
+
+def test_pickling_leaves_the_original_cause_alone() -> None:
+    error = raised_from(ValueError("boom"))
+    sent(error)
+    assert not hasattr(error.__cause__, "__notes__")
+
+
+@pytest.mark.parametrize(
+    ("original", "text"),
+    [
+        (LockedError("held"), "test_errors.LockedError: held"),
+        (TwoArgumentsError(7, "refused"), "test_errors.TwoArgumentsError: refused (7)"),
+    ],
+)
+def test_a_cause_that_cannot_travel_becomes_a_stand_in(original: Exception, text: str) -> None:
+    cause = sent(raised_from(original)).__cause__
+    assert type(cause) is RemoteCause
+    assert str(cause) == text
+    assert "in fetch_the_weights" in cause.__notes__[0]
+
+
+def test_a_local_class_of_cause_becomes_a_stand_in() -> None:
+    class LocalError(Exception):
+        pass
+
+    cause = sent(raised_from(LocalError("here only"))).__cause__
+    assert type(cause) is RemoteCause
+    assert str(cause).endswith("LocalError: here only")
+
+
+def test_describe_reads_like_the_last_line_of_a_traceback() -> None:
+    assert describe(ValueError("boom")) == "ValueError: boom"
+    assert describe(RuntimeError()) == "RuntimeError"
+
+
+@pytest.mark.parametrize(
+    ("cls", "base"),
+    [(CallbackConfigError, ValueError), (DownloadError, RuntimeError), (HookError, RuntimeError)],
+)
+def test_our_errors_share_a_base_and_a_builtin(cls: type, base: type) -> None:
+    assert issubclass(cls, HooksError)
+    assert issubclass(cls, base)
+
+
+def test_the_arguments_are_keyword_only() -> None:
+    with pytest.raises(TypeError, match=re.escape("takes 1 positional argument")):
+        HookError("Fetch", "on_before_init", NODE, "x", "y")  # type: ignore[call-arg]

@@ -1,0 +1,349 @@
+"""The node-initialization path on a real cluster of two nodes, without an engine.
+
+What needs Ray is imported inside the functions: collecting these tests must stay quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from s3_server import S3Server, s3_server
+
+import rayserve_hooks
+from rayserve_hooks import CallbackCtx, HookError
+
+if TYPE_CHECKING:
+    from rayserve_hooks import LLMConfig
+
+pytestmark = pytest.mark.ray
+
+SPREAD = "lifecycle_callbacks:SpreadOverNodes"
+
+
+def config(*callbacks: Any, **fields: Any) -> LLMConfig:
+    fields.setdefault("placement_group_config", {"bundles": [{"CPU": 1}]})
+    model_id = fields.pop("model_id", "tiny")
+    return rayserve_hooks.LLMConfig(model_id=model_id, callbacks=callbacks, **fields)
+
+
+def mirrored(store: S3Server, *callbacks: Any) -> LLMConfig:
+    source = "s3://anonymous@models/tiny"
+    return config(
+        *callbacks,
+        model_loading_config={"model_id": "tiny", "model_source": source},
+        runtime_env={"env_vars": {"AWS_ENDPOINT_URL": store.url}},
+    )
+
+
+def initialize(llm_config: LLMConfig) -> CallbackCtx:
+    return asyncio.run(rayserve_hooks.initialize_node(llm_config))
+
+
+def group_states() -> list[str]:
+    from ray.util.placement_group import placement_group_table
+
+    return [group["state"] for group in placement_group_table().values()]
+
+
+@pytest.fixture(autouse=True)
+def _no_group_left(ray_cluster: Any) -> Iterator[None]:
+    """Free the groups that callbacks made; Ray does it when the process ends that made them."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import (
+        PlacementGroup,
+        placement_group_table,
+        remove_placement_group,
+    )
+
+    before = placement_group_table().keys()
+    yield
+    for group_id in placement_group_table().keys() - before:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
+
+
+@pytest.fixture
+def store(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[S3Server]:
+    shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
+    with s3_server(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "head_cache")
+        )
+        yield server
+
+
+def test_the_whole_path_runs_in_order_on_two_nodes(ray_cluster: Any) -> None:
+    ctx = initialize(
+        config(
+            SPREAD,
+            "lifecycle_callbacks:Last",
+            "lifecycle_callbacks:Plain",
+            "lifecycle_callbacks:First",
+        )
+    )
+    head, other = ray_cluster.head_id, ray_cluster.other_id
+    assert [(call.role, call.node_id, call.hook, call.callback) for call in ctx.trace] == [
+        ("driver", head, "on_before_init", "First"),
+        ("driver", head, "on_before_init", "SpreadOverNodes"),
+        ("driver", head, "on_before_init", "Plain"),
+        ("driver", head, "on_before_init", "Last"),
+        ("driver", head, "on_before_download", "First"),
+        ("driver", head, "on_before_download", "Plain"),
+        ("node", other, "on_before_download", "First"),
+        ("node", other, "on_before_download", "Plain"),
+        ("driver", head, "on_after_init", "Plain"),
+        ("driver", head, "on_after_init", "Last"),
+    ]
+    assert {call.outcome for call in ctx.trace} == {"returned"}
+    assert all(call.duration_s is not None for call in ctx.trace)
+
+
+def test_custom_data_goes_out_as_a_copy_and_comes_back_per_node(ray_cluster: Any) -> None:
+    ctx = initialize(config(SPREAD, "lifecycle_callbacks:Plain"))
+    local = ctx.nodes[ray_cluster.head_id].custom_data
+    other = ctx.nodes[ray_cluster.other_id].custom_data
+    assert local["set_before"] == other["set_before"] == 1
+    assert local["pid"] == os.getpid() != other["pid"]
+    assert ctx.custom_data["pid"] == os.getpid()
+
+
+def test_one_instance_keeps_its_state_over_the_hooks_of_a_process(ray_cluster: Any) -> None:
+    ctx = initialize(config(SPREAD, "lifecycle_callbacks:Plain", model_id="state"))
+    assert ctx.custom_data["seen_after"] == [
+        "on_before_init",
+        "on_before_download",
+        "on_after_init",
+    ]
+    assert ctx.nodes[ray_cluster.other_id].custom_data["seen"] == ["on_before_download"]
+
+
+def test_a_node_task_imports_nothing_heavy(ray_cluster: Any) -> None:
+    ctx = initialize(config(SPREAD, "lifecycle_callbacks:Plain", model_id="light"))
+    assert ctx.nodes[ray_cluster.other_id].custom_data["heavy"] == []
+
+
+def test_a_node_task_loads_the_config_when_a_callback_asks(ray_cluster: Any) -> None:
+    ctx = initialize(config(SPREAD, "lifecycle_callbacks:ReadConfig"))
+    assert ctx.nodes[ray_cluster.other_id].custom_data["model_id"] == "tiny"
+
+
+def test_download_modes_count_per_node(ray_cluster: Any, store: S3Server) -> None:
+    ctx = initialize(mirrored(store, SPREAD, policy("EXCLUDE_SAFETENSORS", "NONE")))
+    local = files_of(ctx.nodes[ray_cluster.head_id].model_path)
+    assert "config.json" in local
+    assert "model.safetensors" not in local
+    assert files_in(ray_cluster.other_cache) == []
+
+    ctx = initialize(mirrored(store, SPREAD, policy("NONE", "MODEL_AND_TOKENIZER")))
+    assert ctx.nodes[ray_cluster.head_id].model_path is None
+    assert "model.safetensors" in files_in(ray_cluster.other_cache)
+    assert ctx.nodes[ray_cluster.other_id].download_s > 0
+
+
+def policy(local: str, workers: str) -> dict[str, Any]:
+    return {"callback": "download_policy", "kwargs": {"local": local, "workers": workers}}
+
+
+def test_a_mode_set_in_the_per_node_hook_counts(ray_cluster: Any, store: S3Server) -> None:
+    shutil.rmtree(ray_cluster.other_cache / "hub", ignore_errors=True)
+    nodes = {ray_cluster.head_id: "NONE", ray_cluster.other_id: "TOKENIZER_ONLY"}
+    ctx = initialize(
+        mirrored(store, SPREAD, {"callback": "download_policy", "kwargs": {"nodes": nodes}})
+    )
+    assert ctx.nodes[ray_cluster.head_id].model_path is None
+    assert "tokenizer.json" in files_in(ray_cluster.other_cache)
+    assert "model.safetensors" not in files_in(ray_cluster.other_cache)
+
+
+def test_a_failed_download_names_node_and_phase(store: S3Server, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "models")
+    with pytest.raises(
+        HookError,
+        match=r"node initialization failed on node \w+ \(.*\) \(phase: download\): .*"
+        r"cannot list s3://anonymous@models/tiny: .*404.*check endpoint, region and credentials",
+    ):
+        initialize(mirrored(store))
+    assert not (tmp_path / "head_cache" / "models--tiny" / "refs").exists()
+
+
+def files_of(path: str | None) -> list[str]:
+    assert path is not None
+    return sorted(file.name for file in Path(path).iterdir())
+
+
+def files_in(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.glob("hub/models--tiny/snapshots/*/*"))
+
+
+def test_handled_skips_nodes_and_sets_the_model() -> None:
+    llm_config = config("lifecycle_callbacks:TakeOver", "lifecycle_callbacks:Plain")
+    with pytest.raises(HookError, match="has no attribute 'seen'"):
+        initialize(llm_config)  # Plain.on_before_init was skipped, its on_after_init was not
+    llm_config = config("lifecycle_callbacks:TakeOver", "lifecycle_callbacks:Last")
+    ctx = initialize(llm_config)
+    assert [(call.hook, call.callback, call.outcome) for call in ctx.trace] == [
+        ("on_before_init", "TakeOver", "handled"),
+        ("on_after_init", "Last", "returned"),
+    ]
+    assert not ctx.nodes
+    engine: Any = llm_config.get_engine_config()
+    assert engine.hf_model_id == "/models/taken-over"
+
+
+def test_engine_arguments_reach_the_engine_and_its_front_end() -> None:
+    llm_config = config(
+        setting("on_before_download", extra_init_kwargs={"max_model_len": 192}),
+        setting("on_after_init", "Late", extra_init_kwargs={"enable_auto_tool_choice": True}),
+    )
+    initialize(llm_config)
+    engine: Any = llm_config.get_engine_config()
+    assert engine.engine_kwargs == {"max_model_len": 192}
+    assert engine.frontend_kwargs == {"enable_auto_tool_choice": True}
+
+
+def test_engine_arguments_come_back_from_other_nodes(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    llm_config = config(
+        SPREAD,
+        setting("on_before_download", extra_init_kwargs={"seed": 1}),
+        setting("on_before_download", "NoEffect", runtime_env={"working_dir": "x"}),
+    )
+    ctx = initialize(llm_config)
+    assert ctx.extra_init_kwargs == {"seed": 1}
+    assert re.search(
+        r"callback 'NoEffect' set ctx.runtime_env.working_dir in on_before_download on node .*, "
+        r"where it has no effect; set it in on_before_init",
+        caplog.text,
+    )
+
+
+def setting(hook: str, name: str = "Set", **values: Any) -> dict[str, Any]:
+    return {
+        "callback": "lifecycle_callbacks:Set",
+        "name": name,
+        "kwargs": {"hook": hook, "values": values},
+    }
+
+
+def test_an_unknown_engine_argument_names_the_callback_and_leaves_nothing() -> None:
+    before = group_states().count("CREATED")
+    llm_config = config(setting("on_before_init", extra_init_kwargs={"max_modle_len": 1}))
+    with pytest.raises(
+        HookError,
+        match=r"callback 'Set' failed in hook on_before_init on node .* \(phase: engine "
+        r"arguments\): ctx.extra_init_kwargs.max_modle_len: ValueError: Unknown engine argument",
+    ):
+        initialize(llm_config)
+    assert "max_modle_len" not in llm_config.engine_kwargs
+    assert group_states().count("CREATED") == before
+
+
+def test_runtime_env_reaches_this_process_and_the_node_tasks(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FROM_A_CALLBACK", "old")
+    ctx = initialize(
+        config(
+            SPREAD,
+            setting("on_before_init", runtime_env={"env_vars": {"FROM_A_CALLBACK": "new"}}),
+            {
+                "callback": "lifecycle_callbacks:ReadEnvironment",
+                "kwargs": {"name": "FROM_A_CALLBACK"},
+            },
+        )
+    )
+    assert ctx.nodes[ray_cluster.head_id].custom_data["environment"] == "new"
+    assert ctx.nodes[ray_cluster.other_id].custom_data["environment"] == "new"
+
+
+def test_the_config_keeps_its_own_runtime_env() -> None:
+    llm_config = config(
+        setting("on_before_init", runtime_env={"env_vars": {"A": "2"}}),
+        runtime_env={"env_vars": {"A": "1"}},
+    )
+    initialize(llm_config)
+    assert llm_config.runtime_env == {"env_vars": {"A": "1"}}
+
+
+def test_a_failure_on_another_node_names_it_and_keeps_the_cause(ray_cluster: Any) -> None:
+    with pytest.raises(
+        HookError,
+        match=rf"callback 'FailOnOtherNode' failed in hook on_before_download on node "
+        rf"{ray_cluster.other_id} \(.*\) \(phase: before download\): RuntimeError: no such bucket; "
+        "fix the callback, or set 'on_error: warn' on it to go on without it",
+    ) as caught:
+        initialize(config(SPREAD, "lifecycle_callbacks:FailOnOtherNode"))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "lifecycle_callbacks.py" in "".join(caught.value.__cause__.__notes__)
+
+
+def test_on_error_warn_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    fail = {
+        "callback": "lifecycle_callbacks:Fail",
+        "kwargs": {"hook": "on_before_init"},
+        "on_error": "warn",
+    }
+    ctx = initialize(config(fail, "lifecycle_callbacks:Plain"))
+    assert ctx.trace[0].outcome == "warned"
+    assert "seen_after" in ctx.custom_data
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("hook", ["on_before_init", "on_before_download", "on_after_init"])
+def test_a_failure_removes_the_group_that_was_created(hook: str) -> None:
+    before = group_states().count("CREATED")
+    fail = {"callback": "lifecycle_callbacks:Fail", "kwargs": {"hook": hook}}
+    with pytest.raises(HookError, match=f"'Fail' failed in hook {hook}"):
+        initialize(config(fail))
+    assert group_states().count("CREATED") == before
+
+
+def test_a_value_that_cannot_travel_names_key_and_callback() -> None:
+    with pytest.raises(
+        HookError,
+        match=r"callback 'Unpicklable' failed in hook on_before_init .*ctx.custom_data\['client'\] "
+        r"cannot be sent to another process: TypeError: cannot pickle '_thread.lock' object; store "
+        "plain data there and keep the object on the callback",
+    ):
+        initialize(config(SPREAD, "lifecycle_callbacks:Unpicklable"))
+
+
+def test_different_paths_on_nodes_are_an_error_naming_both(ray_cluster: Any) -> None:
+    with pytest.raises(
+        HookError,
+        match=rf"the engine needs one model path on all nodes, got {ray_cluster.head_id} .*: "
+        rf"'/models/local', {ray_cluster.other_id} .*: '/models/other'; return the same path",
+    ):
+        initialize(config(SPREAD, "lifecycle_callbacks:PathPerNode"))
+
+
+def test_a_blocking_callback_leaves_the_event_loop_free(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    block = {"callback": "lifecycle_callbacks:Block", "kwargs": {"path": str(flag)}}
+
+    async def main() -> CallbackCtx:
+        task = asyncio.create_task(rayserve_hooks.initialize_node(config(block)))
+        asyncio.get_running_loop().call_later(0.2, flag.touch)
+        return await task
+
+    asyncio.run(main())
+
+
+
+def test_a_group_supplied_by_a_callback_is_the_only_one() -> None:
+    before = len(group_states())
+    initialize(
+        config({"callback": "custom_placement_group", "kwargs": {"bundles": [{"CPU": 1}]}})
+    )
+    assert len(group_states()) == before + 1
