@@ -53,20 +53,17 @@ class NotesEnd:
 
 
 def make_config(side: str) -> Any:
-    common: dict[str, Any] = {"placement_group_config": {"bundles": [{"CPU": 1}]}}
-    if side == "ours":
-        from rayserve_hooks import LLMConfig
-
-        return LLMConfig(
-            model_id="tiny", callbacks=[SetsArgument, NotesStart, NotesEnd], **common
-        )
+    """Configure both sides as YAML does, so that nothing of ours is imported or built before."""
     from ray.llm._internal.common.callbacks.base import CallbackConfig
-    from ray.serve.llm import LLMConfig as StockConfig
+    from ray.serve.llm import LLMConfig
 
-    return StockConfig(
+    callbacks = {"callbacks": [SetsArgument, NotesStart, NotesEnd]}
+    return LLMConfig(
         model_loading_config={"model_id": "tiny"},
-        callback_config=CallbackConfig(callback_class=stock_callback()),
-        **common,
+        placement_group_config={"bundles": [{"CPU": 1}]},
+        callback_config=CallbackConfig(callback_class=stock_callback())
+        if side == "stock"
+        else CallbackConfig("rayserve_hooks.HooksCallback", callbacks),
     )
 
 

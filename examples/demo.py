@@ -122,6 +122,7 @@ def start_ray(stack: contextlib.ExitStack) -> tuple[str, str]:
 
     http_port, metrics_port = processes.free_port(), processes.free_port()
     ray.init(
+        address="local",
         num_cpus=8,  # logical: the groups' bundles, the replicas and the ingress
         include_dashboard=False,
         log_to_driver=False,

@@ -30,18 +30,19 @@ def none_left() -> Iterator[None]:
         yield
     finally:
         del os.environ[_MARK]
-        left = _marked(mark)
+        left = marked(_MARK, mark)
         _, alive = psutil.wait_procs(left, timeout=15)
         for process in alive:
             process.kill()
         psutil.wait_procs(alive)
 
 
-def _marked(mark: str) -> list[psutil.Process]:
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """Find the other processes in whose environment a variable has a value."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(_MARK) == mark:
+            if process.pid != os.getpid() and process.environ().get(name) == value:
                 found.append(process)
         except psutil.Error:  # ended in the meantime, or somebody else's
             continue

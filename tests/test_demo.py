@@ -1,0 +1,59 @@
+"""The demo, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import processes
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parent.parent
+DEMO = [sys.executable, str(ROOT / "examples" / "demo.py")]
+
+
+def test_it_checks_every_example_and_leaves_no_process() -> None:
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "DEMO_TEST": mark}
+    done = subprocess.run(DEMO, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ticks = [line for line in done.stdout.splitlines() if line.startswith("  \N{CHECK MARK}")]
+    assert [line.split(":")[0].strip("\N{CHECK MARK} ") for line in ticks] == [
+        "my own callback",
+        "download policy",
+        "start-up metrics",
+        "custom placement group",
+        "full custom initialization",
+    ]
+    assert "on_before_init      startup_metrics, MyCallback, custom_placement_group" in done.stdout
+    assert processes.marked("DEMO_TEST", mark) == []
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_leaves_no_process(signal_number: signal.Signals) -> None:
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "DEMO_TEST": mark, "PYTHONUNBUFFERED": "1"}
+    demo = subprocess.Popen(
+        DEMO, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert demo.stdout is not None
+    try:
+        for line in demo.stdout:
+            if line.startswith("... serving the model with the callbacks stacked"):
+                break
+        # As a terminal does for Ctrl-C: the whole foreground group gets it.
+        os.killpg(demo.pid, signal_number)
+        demo.stdout.read()
+        assert demo.wait(timeout=60) == 128 + signal_number
+        assert processes.marked("DEMO_TEST", mark) == []
+    finally:
+        for process in processes.marked("DEMO_TEST", mark):
+            process.kill()
+        psutil.wait_procs([psutil.Process(demo.pid)] if psutil.pid_exists(demo.pid) else [])
