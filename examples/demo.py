@@ -131,6 +131,7 @@ def start_ray(stack: contextlib.ExitStack) -> tuple[str, str]:
         _system_config={"metrics_report_interval_ms": 1000},
     )
     stack.callback(ray.shutdown)
+    exit_on_sigterm()  # again: ray.init() has set a handler of its own
     serve.start(http_options={"host": "127.0.0.1", "port": http_port})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return f"http://127.0.0.1:{http_port}", f"http://127.0.0.1:{metrics_port}/metrics"
@@ -231,6 +232,11 @@ def print_trace(path: Path) -> None:
     print(f"\nwho ran where\n\n{trace.table()}\n")
 
 
+def exit_on_sigterm() -> None:
+    """Unwind as for Ctrl-C, with the exit code a shell expects."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 @contextlib.contextmanager
 def step(title: str) -> Iterator[None]:
     """Say what is going on, and every five seconds that it still is."""
@@ -254,7 +260,7 @@ def step(title: str) -> Iterator[None]:
 
 if __name__ == "__main__":
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    exit_on_sigterm()
     try:
         sys.exit(main())
     except KeyboardInterrupt:

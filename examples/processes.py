@@ -24,12 +24,15 @@ def none_left() -> Iterator[None]:
     Ray's daemons and the engine's processes are no children of this one for long; all inherit
     its environment, so that is where they are marked.
     """
-    mark = uuid.uuid4().hex
+    outer, mark = os.environ.get(_MARK), uuid.uuid4().hex
     os.environ[_MARK] = mark
     try:
         yield
     finally:
-        del os.environ[_MARK]
+        if outer is None:
+            del os.environ[_MARK]
+        else:
+            os.environ[_MARK] = outer
         left = marked(_MARK, mark)
         _, alive = psutil.wait_procs(left, timeout=15)
         for process in alive:

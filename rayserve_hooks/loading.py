@@ -369,7 +369,8 @@ def _default_name(target: object) -> str:
 
 def _signature(cls: type) -> str:
     try:
-        return str(inspect.signature(cls))
+        signature = inspect.signature(cls)
+        return str(signature.replace(return_annotation=inspect.Signature.empty))
     except (TypeError, ValueError):
         return "(...)"
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import processes
@@ -36,8 +37,13 @@ def test_it_checks_every_example_and_leaves_no_process() -> None:
     assert processes.marked("DEMO_TEST", mark) == []
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_no_process(signal_number: signal.Signals) -> None:
+# A terminal sends Ctrl-C to the whole foreground group; make hands SIGTERM on to its child.
+@pytest.mark.parametrize(
+    ("send", "signal_number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
+)
+def test_interrupted_it_leaves_no_process(
+    send: Callable[[int, int], None], signal_number: signal.Signals
+) -> None:
     mark = uuid.uuid4().hex
     environment = {**os.environ, "DEMO_TEST": mark, "PYTHONUNBUFFERED": "1"}
     demo = subprocess.Popen(
@@ -48,12 +54,12 @@ def test_interrupted_it_leaves_no_process(signal_number: signal.Signals) -> None
         for line in demo.stdout:
             if line.startswith("... serving the model with the callbacks stacked"):
                 break
-        # As a terminal does for Ctrl-C: the whole foreground group gets it.
-        os.killpg(demo.pid, signal_number)
+        send(demo.pid, signal_number)
         demo.stdout.read()
         assert demo.wait(timeout=60) == 128 + signal_number
         assert processes.marked("DEMO_TEST", mark) == []
     finally:
-        for process in processes.marked("DEMO_TEST", mark):
+        left = processes.marked("DEMO_TEST", mark)
+        for process in left:
             process.kill()
-        psutil.wait_procs([psutil.Process(demo.pid)] if psutil.pid_exists(demo.pid) else [])
+        psutil.wait_procs(left)

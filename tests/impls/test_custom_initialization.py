@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+
+from rayserve_hooks import CallbackCtx, Handled
+from rayserve_hooks.context import NodeInfo
+from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.impls.custom_initialization import CustomInitialization
+
+NODE = NodeInfo("n1", "10.0.0.1", is_local=True)
+
+
+def ctx() -> CallbackCtx:
+    return CallbackCtx(llm_config=lambda: None, node=NODE)  # type: ignore[arg-type, return-value]
+
+
+def test_it_takes_over_with_its_own_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    handled = CustomInitialization(str(tmp_path)).on_before_init(ctx())
+    assert handled == Handled(str(tmp_path), f"model is at {tmp_path}")
+
+
+def test_a_missing_file_is_named_with_the_node(tmp_path: Path) -> None:
+    callback = CustomInitialization(str(tmp_path), ["config.json", "model.safetensors"])
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"on node n1 \(10.0.0.1\) has no config.json, model.safetensors; mount the folder",
+    ):
+        callback.on_before_init(ctx())
+
+
+def test_a_relative_path_is_refused() -> None:
+    with pytest.raises(CallbackConfigError, match=r"model_path='models/x'.*give an absolute path"):
+        CustomInitialization("models/x")

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+import rayserve_hooks
+from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.impls.custom_placement_group import CustomPlacementGroup
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"bundles": []}, r"CustomPlacementGroup\(bundles=\[\]\): give at least one bundle"),
+        ({"bundles": [{"CPU": 1}, {}]}, r"bundles\[1\]=\{\}\): write resources and amounts"),
+        ({"bundles": [{"CPU": -1}]}, r"bundles\[0\]=\{'CPU': -1\}\): write resources and amounts"),
+        (
+            {"bundles": [{"CPU": 1}], "strategy": "SPRAED"},
+            r"strategy='SPRAED'\): use one of PACK, SPREAD, STRICT_PACK, STRICT_SPREAD",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(CallbackConfigError, match=text):
+        CustomPlacementGroup(**arguments)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_group_is_made_and_used() -> None:
+    from ray.util.placement_group import placement_group_table, remove_placement_group
+
+    arguments = {"bundles": [{"CPU": 1}, {"CPU": 1}], "strategy": "STRICT_PACK", "name": "mine"}
+    config = rayserve_hooks.LLMConfig(
+        model_id="tiny",
+        callbacks=[{"callback": "custom_placement_group", "kwargs": arguments}],
+        placement_group_config={"bundles": [{"CPU": 1}]},
+    )
+    ctx = asyncio.run(rayserve_hooks.initialize_node(config))
+    assert ctx.placement_group is not None
+    table = placement_group_table(ctx.placement_group)
+    remove_placement_group(ctx.placement_group)
+    assert (table["name"], table["strategy"], table["state"]) == ("mine", "STRICT_PACK", "CREATED")
+    assert table["bundles"] == {0: {"CPU": 1.0}, 1: {"CPU": 1.0}}

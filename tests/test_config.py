@@ -1,0 +1,168 @@
+"""`LLMConfig` with callbacks. It imports Ray Serve LLM, but starts no cluster."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import rayserve_hooks
+from rayserve_hooks import get_plugin_manager
+
+pytestmark = pytest.mark.ray
+
+
+class Callback:
+    def __init__(self, token: str = "") -> None:
+        self.token = token
+
+    def on_before_init(self, ctx: Any) -> None:
+        self.lock = threading.Lock()
+
+
+def make(**fields: Any) -> Any:
+    fields.setdefault("placement_group_config", {"bundles": [{"CPU": 1}]})
+    return rayserve_hooks.LLMConfig(**fields)
+
+
+def order(config: Any) -> list[str]:
+    return get_plugin_manager(config).run_order()["on_before_init"]
+
+
+def test_model_id_and_one_callback() -> None:
+    config = make(model_id="m", callback="test_config.Callback")
+    assert config.model_id == "m"
+    assert order(config) == ["Callback"]
+
+
+def test_model_id_fills_in_the_loading_config() -> None:
+    config = make(model_id="m", model_loading_config={"model_source": "org/model"})
+    assert config.model_loading_config.model_id == "m"
+    assert config.model_loading_config.model_source == "org/model"
+
+
+def test_it_is_rays_config() -> None:
+    from ray.serve.llm import LLMConfig
+
+    config = make(model_id="m", engine_kwargs={"max_model_len": 64}, callback=Callback)
+    assert isinstance(config, LLMConfig)
+    engine: Any = config.get_engine_config()
+    assert engine.engine_kwargs == {"max_model_len": 64}
+
+
+def test_without_callbacks_it_is_as_in_ray() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackConfig
+
+    assert make(model_id="m").callback_config == CallbackConfig()
+
+
+def test_callbacks_in_every_form_keep_list_order() -> None:
+    module = __import__("plugins_for_tests")
+    config = make(
+        model_id="m",
+        callbacks=[
+            Callback,
+            {"callback": Callback(), "name": "instance"},
+            {"callback": "test_config:Callback", "name": "string", "kwargs": {"token": "x"}},
+            "download_policy",
+        ],
+    )
+    assert module
+    assert order(config) == ["Callback", "instance", "string", "download_policy"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"callback": "no_such_module.X"}, "callback 'no_such_module.X': no module named"),
+        (
+            {"callbacks": [{"callback": Callback, "kwargs": {"tokne": "x"}}]},
+            r"Callback\(token: 'str' = ''\) refused kwargs \['tokne'\]: TypeError: .*'tokne'",
+        ),
+        (
+            {"callbacks": [{"callback": "download_policy", "kwargs": {"local": "ALL"}}]},
+            r"DownloadPolicy\(local=...\): 'ALL' is not a download mode; use one of EXCLUDE_SAFE",
+        ),
+        ({"callback": Callback, "callbacks": [Callback]}, "both callback and callbacks are given"),
+        (
+            {"callback": Callback, "model_loading_config": {"model_id": "other"}},
+            "model_id 'm' and model_loading_config's model_id 'other' differ",
+        ),
+        (
+            {"callback": Callback, "callback_config": {"callback_kwargs": {"callbacks": [1]}}},
+            "both callbacks and callback_config are given; list all callbacks in callbacks",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_where_the_config_is_made(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        make(model_id="m", **fields)
+
+
+def test_an_instance_that_cannot_travel() -> None:
+    callback = Callback()
+    callback.on_before_init(None)
+    with pytest.raises(
+        ValidationError,
+        match=r"callback 'Callback' cannot be sent to another process: TypeError: cannot pickle "
+        "'_thread.lock' object; name the class with kwargs instead of an instance",
+    ):
+        make(model_id="m", callback=callback)
+
+
+def test_secrets_among_kwargs_reach_no_error_and_no_repr() -> None:
+    secret = {"callback": Callback, "kwargs": {"token": "hf_secret"}}
+    assert "hf_secret" not in repr(make(model_id="m", callbacks=[secret]).callbacks)
+    wrong = {"callback": Callback, "kwargs": {"token": "hf_secret", "tokne": "hf_secret"}}
+    with pytest.raises(ValidationError) as caught:
+        make(model_id="m", callbacks=[wrong])
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_it_pickles_after_its_callbacks_have_run() -> None:
+    callback = Callback("configured")
+    config = make(model_id="m", callback=callback)
+    callback.on_before_init(None)
+    copy = pickle.loads(pickle.dumps(config))
+    assert order(copy) == ["Callback"]
+
+
+def test_a_config_of_ray_that_names_another_callback_is_refused() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
+    from ray.serve.llm import LLMConfig
+
+    class Foreign(CallbackBase):
+        pass
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "m"},
+        callback_config=CallbackConfig(callback_class=Foreign),
+    )
+    with pytest.raises(ValueError, match="which is not run as hooks; set callback_class to"):
+        get_plugin_manager(config)
+
+
+def test_a_config_of_ray_with_instances_keeps_one_manager() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackConfig
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "m"},
+        callback_config=CallbackConfig("rayserve_hooks.HooksCallback", {"callbacks": [Callback()]}),
+    )
+    assert get_plugin_manager(config) is get_plugin_manager(config)
+
+
+def test_unknown_callback_kwargs() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackConfig
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "m"},
+        callback_config=CallbackConfig("rayserve_hooks.HooksCallback", {"callback": "x"}),
+    )
+    with pytest.raises(ValueError, match="callback_kwargs has unknown key 'callback'"):
+        get_plugin_manager(config)
