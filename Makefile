@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed-$(ENGINE)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)/examples
 
-.PHONY: help install demo test test-unit lint bench-node-init clean
+.PHONY: help install demo test test-unit lint bench-import bench-node-init clean
 
 help:
 	@echo "make demo             serve a real model through several stacked callbacks"
@@ -15,6 +15,7 @@ help:
 	@echo "make install          create $(VENV) with the package, an engine and the test tools"
 	@echo "make lint             ruff and mypy"
 	@echo "make bench-node-init  node initialization, stock Ray against ours"
+	@echo "make bench-import     import time, against that of pluggy and pydantic"
 	@echo "make clean            remove $(VENV) and .cache"
 	@echo "ENGINE=vllm installs the official vLLM, for a machine with a CUDA GPU"
 
@@ -35,7 +36,11 @@ test-unit: $(INSTALLED)
 
 lint: $(INSTALLED)
 	@ruff check .
+	@ruff format --check .
 	@mypy
+
+bench-import: $(INSTALLED)
+	@python benchmarks/import_time.py
 
 bench-node-init: $(INSTALLED)
 	@python benchmarks/node_init.py

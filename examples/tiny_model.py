@@ -3,9 +3,7 @@
 import sys
 from pathlib import Path
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-)
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 CORPUS = ["user assistant system hello world the quick brown fox jumps over the lazy dog"]
 
 

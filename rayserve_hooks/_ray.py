@@ -14,6 +14,9 @@ from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
 from rayserve_hooks.download import Mirror
 
 if TYPE_CHECKING:
+    from ray.llm._internal.common.callbacks.base import (
+        CallbackBase as CallbackBase,  # noqa: PLC0414 - says to mypy that it is exported
+    )
     from ray.llm._internal.common.callbacks.base import CallbackConfig
     from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
@@ -21,16 +24,23 @@ if TYPE_CHECKING:
 HOOKS_CALLBACK = "rayserve_hooks.HooksCallback"
 
 
+def __getattr__(name: str) -> Any:
+    # The class that the adapter subclasses; Ray exports it nowhere.
+    if name != "CallbackBase":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ray.llm._internal.common.callbacks.base import CallbackBase
+
+    return CallbackBase
+
+
 def runs_hooks(settings: CallbackConfig) -> bool:
     """Tell whether a config's ``callback_config`` is ours, or names no callback at all."""
     named = settings.callback_class
     if isinstance(named, str):
         return named.replace(":", ".") in (HOOKS_CALLBACK, "rayserve_hooks.serve.HooksCallback")
-    from ray.llm._internal.common.callbacks.base import CallbackBase
-
     from rayserve_hooks.serve import HooksCallback
 
-    return named is CallbackBase or issubclass(named, HooksCallback)
+    return named in HooksCallback.__bases__ or issubclass(named, HooksCallback)
 
 
 def hooks_callback_config(callbacks: list[Any], raise_error: bool) -> CallbackConfig:

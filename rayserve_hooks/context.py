@@ -144,9 +144,7 @@ class _Field(Generic[Get, Set]):
         try:
             ctx._values[self._name] = self._parse(value)
         except (TypeError, ValueError) as error:
-            raise type(error)(
-                f"{ctx._who()}cannot set ctx.{self._name}: {error}"
-            ) from None
+            raise type(error)(f"{ctx._who()}cannot set ctx.{self._name}: {error}") from None
 
 
 def _parse_dict(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,8 +187,17 @@ class CallbackCtx:
         trace: Who ran, where, how long, and what each one changed. Read-only.
     """
 
-    __slots__ = ("_before", "_config_loader", "_conflicts", "_node", "_nodes", "_role", "_running",
-                 "_trace", "_values")
+    __slots__ = (
+        "_before",
+        "_config_loader",
+        "_conflicts",
+        "_node",
+        "_nodes",
+        "_role",
+        "_running",
+        "_trace",
+        "_values",
+    )
 
     local_node_download_model = _Field[NodeModelDownloadable, DownloadMode](
         NodeModelDownloadable.parse
@@ -233,14 +240,18 @@ class CallbackCtx:
         set_slot(self, "_running", None)
         set_slot(self, "_trace", Trace())
         set_slot(self, "_conflicts", {})
-        set_slot(self, "_values", {
-            "local_node_download_model": NodeModelDownloadable.MODEL_AND_TOKENIZER,
-            "worker_node_download_model": NodeModelDownloadable.MODEL_AND_TOKENIZER,
-            "placement_group": None,
-            "runtime_env": {},
-            "extra_init_kwargs": {},
-            "custom_data": {},
-        })
+        set_slot(
+            self,
+            "_values",
+            {
+                "local_node_download_model": NodeModelDownloadable.MODEL_AND_TOKENIZER,
+                "worker_node_download_model": NodeModelDownloadable.MODEL_AND_TOKENIZER,
+                "placement_group": None,
+                "runtime_env": {},
+                "extra_init_kwargs": {},
+                "custom_data": {},
+            },
+        )
         for name, value in fields.items():
             setattr(self, name, value)
         set_slot(self, "_before", snapshot(self._values))

@@ -47,9 +47,7 @@ class Mirror:
     extra_files: tuple[tuple[str, str], ...] = ()
 
 
-def download_node(
-    model_id: str, mirror: Mirror | None, mode: NodeModelDownloadable
-) -> str | None:
+def download_node(model_id: str, mirror: Mirror | None, mode: NodeModelDownloadable) -> str | None:
     """Download what ``mode`` asks for, and the mirror's extra files, to this node.
 
     Args:

@@ -54,11 +54,7 @@ class RayServeLLMCallback(Protocol):
     def on_before_download(
         self, ctx: CallbackCtx
     ) -> (
-        Handled
-        | str
-        | os.PathLike[str]
-        | Awaitable[Handled | str | os.PathLike[str] | None]
-        | None
+        Handled | str | os.PathLike[str] | Awaitable[Handled | str | os.PathLike[str] | None] | None
     ):
         """Prepare one node, or bring its model.
 

@@ -80,7 +80,9 @@ async def initialize_node(
         raise
     logger.info(
         "initialized %s in %.2f s: %d node(s), callbacks %s%s",
-        manager.stack.deployment, time.perf_counter() - started, len(ctx.nodes),
+        manager.stack.deployment,
+        time.perf_counter() - started,
+        len(ctx.nodes),
         ", ".join(entry.name for entry in manager.stack.entries) or "none",
         f", handled by a callback: {handled.reason or 'no reason given'}" if handled else "",
     )
@@ -143,7 +145,8 @@ async def _ensure_placement_group(
         while not await aio.run_in_thread(group.wait, _PLACEMENT_LOG_S):
             logger.info(
                 "waiting for placement group %s, bundles %s; 'ray status' shows what is free",
-                group.id.hex(), group.bundle_specs,
+                group.id.hex(),
+                group.bundle_specs,
             )
     except BaseException:  # the caller does not know of it yet
         if created is not None:
@@ -246,7 +249,11 @@ def _merge(ctx: CallbackCtx, reply: NodeReply) -> NodeResult:
             if field in ("runtime_env", "placement_group"):
                 logger.warning(
                     "callback %r set ctx.%s in %s on node %s, where it has no effect; set it in "
-                    "on_before_init", entry.callback, path, entry.hook, node,
+                    "on_before_init",
+                    entry.callback,
+                    path,
+                    entry.hook,
+                    node,
                 )
             if field != "extra_init_kwargs" or name not in reply.extra_init_kwargs:
                 continue
@@ -256,7 +263,10 @@ def _merge(ctx: CallbackCtx, reply: NodeReply) -> NodeResult:
             else:
                 logger.warning(
                     "callback %r set ctx.%s to another value on node %s than is set already; "
-                    "the earlier value stays", entry.callback, path, node,
+                    "the earlier value stays",
+                    entry.callback,
+                    path,
+                    node,
                 )
     ctx._adopt(extra_init_kwargs=merged)
     return unpack(reply)
@@ -269,7 +279,10 @@ def _set_model_path(ctx: CallbackCtx, handled: Handled | None) -> None:
     if len(paths) > 1:
         where = ", ".join(f"{result.node}: {result.model_path!r}" for result in ctx.nodes.values())
         raise HookError(
-            callback=None, hook=None, node=str(ctx.node), phase="download",
+            callback=None,
+            hook=None,
+            node=str(ctx.node),
+            phase="download",
             detail=f"the engine needs one model path on all nodes, got {where}; return the same "
             "path on each, for example by a symbolic link",
         )

@@ -69,9 +69,8 @@ class CallbackEntry:
     def _what(self) -> str:
         if self.target is None:
             return _identity(self._instance)
-        if isinstance(self.target, type):
-            return f"{self.target.__module__}:{self.target.__qualname__}"
-        return self.target
+        # By identity, not by name: a notebook defines the same class anew with other code.
+        return self.target if isinstance(self.target, str) else _identity(self.target)
 
     def create(self) -> object:
         """Build the plugin, or import the module that is one.

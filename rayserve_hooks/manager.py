@@ -24,7 +24,11 @@ logger = logging.getLogger(LOGGER_NAME)
 
 # What ``@hookimpl`` without arguments gives a method.
 _UNDECORATED = pluggy.HookimplOpts(
-    wrapper=False, hookwrapper=False, optionalhook=False, tryfirst=False, trylast=False,
+    wrapper=False,
+    hookwrapper=False,
+    optionalhook=False,
+    tryfirst=False,
+    trylast=False,
     specname=None,
 )
 
@@ -120,9 +124,7 @@ class PluginManager(pluggy.PluginManager):
     def get_hookcallers(self, plugin: Any) -> list[pluggy.HookCaller] | None:
         return super().get_hookcallers(self._registered(plugin))
 
-    def subset_hook_caller(
-        self, name: str, remove_plugins: Iterable[Any]
-    ) -> pluggy.HookCaller:
+    def subset_hook_caller(self, name: str, remove_plugins: Iterable[Any]) -> pluggy.HookCaller:
         return super().subset_hook_caller(name, [self._registered(p) for p in remove_plugins])
 
     def _registered(self, plugin: Any) -> Any:
@@ -283,7 +285,10 @@ def _fail(error: Exception, ctx: CallbackCtx, callback: str, hook: str, warns: b
     if isinstance(error, HookError) and not warns:
         raise error  # of a hook called by this callback; it names who failed already
     failure = HookError(
-        callback=callback, hook=hook, node=str(ctx.node), phase=PHASES[hook],
+        callback=callback,
+        hook=hook,
+        node=str(ctx.node),
+        phase=PHASES[hook],
         detail=describe(error),
     )
     if not warns:

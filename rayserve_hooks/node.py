@@ -151,4 +151,3 @@ def pack_custom_data(ctx: CallbackCtx) -> dict[str, bytes]:
                 f"{describe(error)}; store plain data there and keep the object on the callback",
             ) from error
     return packed
-

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ray.llm._internal.common.callbacks.base import CallbackBase
-
+from rayserve_hooks._ray import CallbackBase
 from rayserve_hooks.initialize import initialize_node
 from rayserve_hooks.manager import get_plugin_manager
 
 if TYPE_CHECKING:
-    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+    from ray.serve.llm import LLMConfig
 
 
 class HooksCallback(CallbackBase):

@@ -93,7 +93,10 @@ class Trace(Sequence[TraceEntry]):
     def warn_of_conflict(self, path: str, earlier: str, later: str) -> None:
         logger.warning(
             "callbacks %r and %r both set ctx.%s; %r ran last and has the last word",
-            earlier, later, path, later,
+            earlier,
+            later,
+            path,
+            later,
         )
 
     def table(self) -> str:
@@ -102,9 +105,14 @@ class Trace(Sequence[TraceEntry]):
             ("hook", "callback", "process", "pid", "node", "ms", "outcome", "changed"),
             [
                 (
-                    entry.hook, entry.callback, entry.role, str(entry.pid), entry.node_id[:8],
+                    entry.hook,
+                    entry.callback,
+                    entry.role,
+                    str(entry.pid),
+                    entry.node_id[:8],
                     "" if entry.duration_s is None else f"{entry.duration_s * 1000:.1f}",
-                    entry.outcome, ", ".join(entry.changes),
+                    entry.outcome,
+                    ", ".join(entry.changes),
                 )
                 for entry in self._entries
             ],

@@ -4,8 +4,6 @@ import asyncio
 import os
 import sys
 import threading
-import time
-from pathlib import Path
 from typing import Any
 
 from rayserve_hooks import CallbackCtx, Handled, hookimpl
@@ -132,17 +130,14 @@ class ReadConfig:
         ctx.custom_data["model_id"] = ctx.llm_config.model_id
 
 
-class Block:
-    """Block in a synchronous hook until the file appears that something on the loop makes."""
+RELEASE = threading.Event()
 
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
+
+class Block:
+    """Block in a synchronous hook until something on the event loop sets `RELEASE`."""
 
     def on_before_init(self, ctx: CallbackCtx) -> None:
-        deadline = time.monotonic() + 30
-        while not self.path.exists():
-            assert time.monotonic() < deadline, "the event loop was blocked"
-            time.sleep(0.01)
+        assert RELEASE.wait(30), "the event loop was blocked"
 
 
 class TakeOver:

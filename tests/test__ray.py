@@ -106,5 +106,3 @@ def test_streaming_formats_download_nothing() -> None:
     )
     assert _ray.default_download_mode(plain) is NodeModelDownloadable.MODEL_AND_TOKENIZER
     assert _ray.default_download_mode(streaming) is NodeModelDownloadable.NONE
-
-

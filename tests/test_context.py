@@ -265,5 +265,3 @@ def test_handled_refuses_a_reason_that_is_no_string() -> None:
 def test_handled_is_frozen() -> None:
     with pytest.raises(AttributeError, match="cannot assign to field 'model_path'"):
         Handled("/a").model_path = "/b"  # type: ignore[misc]
-
-

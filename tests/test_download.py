@@ -77,8 +77,12 @@ def download(source: Path, mode: NodeModelDownloadable = ALL) -> Path:
         (
             "TOKENIZER_ONLY",
             {
-                "config.json", "generation_config.json", "tokenizer.json",
-                "tokenizer_config.json", "chat_template.jinja", "sub/tokenizer.model",
+                "config.json",
+                "generation_config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "chat_template.jinja",
+                "sub/tokenizer.model",
             },
         ),
     ],
@@ -192,9 +196,7 @@ def test_a_download_that_failed_can_be_repeated(model_folder: Path, source: Path
     assert (model_folder / "refs" / "main").read_text() == DEFAULT_REVISION
 
 
-def test_a_failed_update_leaves_the_old_revision_in_place(
-    model_folder: Path, source: Path
-) -> None:
+def test_a_failed_update_leaves_the_old_revision_in_place(model_folder: Path, source: Path) -> None:
     write(source, {"hash": "one"})
     download(source)
     write(source, {"hash": "two"})
@@ -236,9 +238,7 @@ def test_no_file_that_the_mode_selects(model_folder: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("revision", ["../evil", "a/b", "/tmp", ".", "..", ""])
-def test_a_hash_that_cannot_name_a_folder(
-    revision: str, model_folder: Path, source: Path
-) -> None:
+def test_a_hash_that_cannot_name_a_folder(revision: str, model_folder: Path, source: Path) -> None:
     write(source, {"hash": revision})
     text = (
         f"the object 'hash' of {source.as_uri()} holds {revision!r}, which cannot name a folder; "
@@ -304,9 +304,7 @@ def test_a_destination_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 def test_a_file_that_ends_early_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    text = (
-        "'model.bin' ended after 2 of 3 bytes; the store or the network cut it off, try again"
-    )
+    text = "'model.bin' ended after 2 of 3 bytes; the store or the network cut it off, try again"
     with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
         _replace(tmp_path / "model.bin", [b"ab"], 3)
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,10 @@ NODE = "n1 (10.0.0.1)"
 
 def hook_error() -> HookError:
     return HookError(
-        callback="Fetch", hook="on_before_init", node=NODE, phase="before init",
+        callback="Fetch",
+        hook="on_before_init",
+        node=NODE,
+        phase="before init",
         detail="ValueError: boom",
     )
 

@@ -70,15 +70,11 @@ def _no_group_left(ray_cluster: Any) -> Iterator[None]:
 
 
 @pytest.fixture
-def store(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[S3Server]:
+def store(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
     with s3_server(tmp_path) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "head_cache")
-        )
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "head_cache"))
         yield server
 
 
@@ -328,22 +324,20 @@ def test_different_paths_on_nodes_are_an_error_naming_both(ray_cluster: Any) -> 
         initialize(config(SPREAD, "lifecycle_callbacks:PathPerNode"))
 
 
-def test_a_blocking_callback_leaves_the_event_loop_free(tmp_path: Path) -> None:
-    flag = tmp_path / "flag"
-    block = {"callback": "lifecycle_callbacks:Block", "kwargs": {"path": str(flag)}}
+def test_a_blocking_callback_leaves_the_event_loop_free() -> None:
+    import lifecycle_callbacks
 
-    async def main() -> CallbackCtx:
-        task = asyncio.create_task(rayserve_hooks.initialize_node(config(block)))
-        asyncio.get_running_loop().call_later(0.2, flag.touch)
-        return await task
+    async def main() -> None:
+        task = asyncio.create_task(
+            rayserve_hooks.initialize_node(config("lifecycle_callbacks:Block"))
+        )
+        asyncio.get_running_loop().call_later(0.2, lifecycle_callbacks.RELEASE.set)
+        await task
 
     asyncio.run(main())
 
 
-
 def test_a_group_supplied_by_a_callback_is_the_only_one() -> None:
     before = len(group_states())
-    initialize(
-        config({"callback": "custom_placement_group", "kwargs": {"bundles": [{"CPU": 1}]}})
-    )
+    initialize(config({"callback": "custom_placement_group", "kwargs": {"bundles": [{"CPU": 1}]}}))
     assert len(group_states()) == before + 1

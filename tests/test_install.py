@@ -111,8 +111,9 @@ def test_the_cpu_wheel_index_is_added_only_where_pip_needs_it(
     code, output = install(tools, "cpu", venv=tmp_path / "venv")
     assert code == 0, output
     dry_run, real = (
-        line for line in calls.read_text().splitlines() if " install " in f" {line} "
-        and "uninstall" not in line
+        line
+        for line in calls.read_text().splitlines()
+        if " install " in f" {line} " and "uninstall" not in line
     )
     assert "torch==2.13.0+cpu" in dry_run
     index = "--extra-index-url https://download.pytorch.org/whl/cpu"

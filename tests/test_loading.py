@@ -682,3 +682,15 @@ def test_repr_of_an_instance_does_not_call_its_own() -> None:
             pass
 
     assert repr(one(Holder("s3cret"))) == "<callback 'Holder': instance of Holder>"
+
+
+def test_a_class_defined_anew_under_the_same_name_is_another_callback() -> None:
+    def define() -> type:
+        class Redefined:
+            def on_before_init(self, ctx: Any) -> None: ...
+
+        return Redefined
+
+    first, second = define(), define()
+    assert CallbackEntry(first).key == CallbackEntry(first).key
+    assert CallbackEntry(first).key != CallbackEntry(second).key

@@ -83,9 +83,15 @@ def test_callbacks_run_in_list_order(hook: str) -> None:
 
 def test_tryfirst_and_trylast_keep_list_order_within_their_groups() -> None:
     stack = [
-        step("l1", "last"), step("p1"), step("f1", "first"),
-        step("l2", "last"), step("p2"), step("f2", "first"),
-        step("l3", "last"), step("p3"), step("f3", "first"),
+        step("l1", "last"),
+        step("p1"),
+        step("f1", "first"),
+        step("l2", "last"),
+        step("p2"),
+        step("f2", "first"),
+        step("l3", "last"),
+        step("p3"),
+        step("f3", "first"),
     ]
     assert log_of(*stack) == ["f1", "f2", "f3", "p1", "p2", "p3", "l1", "l2", "l3"]
 
@@ -97,8 +103,13 @@ def test_wrappers_surround_the_rest_outermost_first() -> None:
 
 def test_wrappers_are_grouped_as_the_others_are() -> None:
     stack = [
-        wrapper("l1", "last"), wrapper("p1"), wrapper("f1", "first"), step("a"),
-        wrapper("l2", "last"), wrapper("p2"), wrapper("f2", "first"),
+        wrapper("l1", "last"),
+        wrapper("p1"),
+        wrapper("f1", "first"),
+        step("a"),
+        wrapper("l2", "last"),
+        wrapper("p2"),
+        wrapper("f2", "first"),
     ]
     opening = log_of(*stack)[:7]
     assert opening == ["f1", "f2", "p1", "p2", "l1", "l2", "a"]
@@ -166,9 +177,7 @@ def test_the_very_same_object_twice_is_a_config_error(kind: str) -> None:
 
 
 def modelled_order(stack: list[tuple[bool, str]]) -> list[int]:
-    return sorted(
-        range(len(stack)), key=lambda i: (not stack[i][0], PLACES.index(stack[i][1]), i)
-    )
+    return sorted(range(len(stack)), key=lambda i: (not stack[i][0], PLACES.index(stack[i][1]), i))
 
 
 stacks = st.lists(st.tuples(st.booleans(), st.sampled_from(PLACES)), max_size=8)
@@ -286,7 +295,10 @@ def test_a_failure_names_callback_hook_node_and_phase(hook: str, phase: str) -> 
         call(step("a", error=cause, hook=hook), hook=hook)
     error = caught.value
     assert vars(error) == {
-        "callback": "a", "hook": hook, "node": "n1 (10.0.0.1)", "phase": phase,
+        "callback": "a",
+        "hook": hook,
+        "node": "n1 (10.0.0.1)",
+        "phase": phase,
         "detail": "ValueError: boom",
     }
     assert error.__cause__ is cause
@@ -553,7 +565,8 @@ def test_changes_before_a_nested_call_are_charged_to_the_caller() -> None:
     ctx = make_ctx()
     call(Calls, ctx=ctx)
     assert {entry.callback: entry.changes for entry in ctx.trace} == {
-        "Calls": ("runtime_env.mine",), "inner": ("custom_data.log",),
+        "Calls": ("runtime_env.mine",),
+        "inner": ("custom_data.log",),
     }
 
 
@@ -581,7 +594,9 @@ def test_a_protocol_subclass_registers_only_what_it_overrides() -> None:
             pass
 
     assert make_manager(OnlyAfter).run_order() == {
-        "on_before_init": [], "on_before_download": [], "on_after_init": ["OnlyAfter"],
+        "on_before_init": [],
+        "on_before_download": [],
+        "on_after_init": ["OnlyAfter"],
     }
 
 
@@ -638,7 +653,10 @@ def test_callbacks_are_built_in_list_order() -> None:
 
 def test_run_order_names_the_callbacks_of_each_hook() -> None:
     manager = make_manager(
-        step("a"), step("z", "last"), wrapper("w"), step("f", "first"),
+        step("a"),
+        step("z", "last"),
+        wrapper("w"),
+        step("f", "first"),
         step("d", hook="on_before_download"),
     )
     assert manager.run_order() == {
@@ -775,7 +793,8 @@ def test_hook_calls_can_be_monitored() -> None:
     undo()
     manager.hook.on_before_init(ctx=make_ctx())
     assert seen == [
-        ("before", "on_before_init", ["a"]), ("after", "on_before_init", Handled("/m")),
+        ("before", "on_before_init", ["a"]),
+        ("after", "on_before_init", Handled("/m")),
     ]
 
 

@@ -225,7 +225,8 @@ def test_a_conflict_of_three_names_the_two_in_each_step(caplog: pytest.LogCaptur
             *(lambda ctx, n=n: ctx.extra_init_kwargs.update(seed=n) for n in range(3)),
         )
     assert [message.partition(" both")[0] for message in caplog.messages] == [
-        "callbacks 'A' and 'B'", "callbacks 'B' and 'C'",
+        "callbacks 'A' and 'B'",
+        "callbacks 'B' and 'C'",
     ]
 
 
