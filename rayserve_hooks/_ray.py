@@ -38,9 +38,31 @@ def runs_hooks(settings: CallbackConfig) -> bool:
     named = settings.callback_class
     if isinstance(named, str):
         return named.replace(":", ".") in (HOOKS_CALLBACK, "rayserve_hooks.serve.HooksCallback")
-    from rayserve_hooks.serve import HooksCallback
+    return _is_callback_base(named) or is_hooks_callback(named)
 
-    return named in HooksCallback.__bases__ or issubclass(named, HooksCallback)
+
+def is_ray_callback(cls: type) -> bool:
+    """Tell whether a class is written for Ray's own slot; Ray is not imported to find out."""
+    return any(_is_callback_base(base) for base in cls.__mro__)
+
+
+def _is_callback_base(cls: type) -> bool:
+    return (cls.__module__, cls.__name__) == (
+        "ray.llm._internal.common.callbacks.base",
+        "CallbackBase",
+    )
+
+
+def is_hooks_callback(cls: type) -> bool:
+    """Tell whether a class is our own adapter to Ray's slot."""
+    return any(base.__module__ == "rayserve_hooks.serve" for base in cls.__mro__)
+
+
+def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:
+    """Give the member of Ray's own enum."""
+    from ray.llm._internal.common.utils import download_utils
+
+    return download_utils.NodeModelDownloadable[mode.name]
 
 
 def hooks_callback_config(callbacks: list[Any], raise_error: bool) -> CallbackConfig:

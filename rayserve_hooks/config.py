@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from ray.serve.llm import LLMConfig as RayLLMConfig
 
 from rayserve_hooks import _ray
-from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.errors import CallbackConfigError, Problems
 from rayserve_hooks.loading import parse_callbacks
 from rayserve_hooks.manager import get_plugin_manager
 
@@ -91,7 +91,11 @@ class LLMConfig(RayLLMConfig):
         self.callback_config = _ray.hooks_callback_config(
             self.callbacks, settings.raise_error_on_callback
         )
+        problems = Problems()
+        with problems.collected():
+            get_plugin_manager(self)
         for entry in self.callbacks:
-            entry.freeze()
-        get_plugin_manager(self)
+            with problems.collected():
+                entry.freeze()
+        problems.raise_all()
         return self

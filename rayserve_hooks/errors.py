@@ -1,7 +1,9 @@
 """Every error this package raises on purpose, and how one crosses processes whole."""
 
+import contextlib
 import pickle
 import traceback
+from collections.abc import Iterator
 
 
 class HooksError(Exception):
@@ -9,7 +11,50 @@ class HooksError(Exception):
 
 
 class CallbackConfigError(HooksError, ValueError):
-    """A callback list that cannot work; raised where the config is made."""
+    """A callback list that cannot work; raised where the config is made.
+
+    Attributes:
+        problems: What is wrong, one text for each problem.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return self.problems[0]
+        return "".join([f"{len(self.problems)} problems:", *(f"\n- {p}" for p in self.problems)])
+
+
+class Problems:
+    """Collects configuration errors, so that all are reported together and not one per run."""
+
+    def __init__(self) -> None:
+        self._errors: list[CallbackConfigError] = []
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep a ``CallbackConfigError`` of the block for later."""
+        try:
+            yield
+        except CallbackConfigError as error:
+            self._errors.append(error)
+
+    def __bool__(self) -> bool:
+        return bool(self._errors)
+
+    def raise_all(self) -> None:
+        """Raise what was collected, if anything, as one error.
+
+        Raises:
+            CallbackConfigError: The one error, or a list of all with the first as its cause.
+        """
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            texts = dict.fromkeys(text for error in self._errors for text in error.problems)
+            raise CallbackConfigError(*texts) from self._errors[0]
 
 
 class DownloadError(HooksError, RuntimeError):

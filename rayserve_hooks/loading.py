@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from rayserve_hooks.errors import CallbackConfigError, describe
+from rayserve_hooks import _ray
+from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback
 
 ENTRY_POINT_GROUP = "rayserve_hooks"
@@ -80,6 +81,11 @@ class CallbackEntry:
         """
         if self.target is None:
             plugin = self._load_instance()
+            if _ray.is_ray_callback(type(plugin)):
+                raise CallbackConfigError(
+                    f"callback {self.name!r} is an instance of a Ray callback, which belongs to "
+                    "one config and context; name the class, with its arguments in kwargs"
+                )
         else:
             found = self.target if isinstance(self.target, type) else resolve(self.target)
             plugin = self._construct(found) if isinstance(found, type) else found
@@ -125,6 +131,8 @@ class CallbackEntry:
         return self._instance
 
     def _construct(self, cls: type) -> object:
+        if _ray.is_ray_callback(cls):
+            return self._adapt(cls)
         try:
             return cls(**self.kwargs)
         except Exception as error:  # a constructor may refuse with any exception
@@ -132,6 +140,20 @@ class CallbackEntry:
                 f"callback {self.name!r}: {cls.__module__}.{cls.__qualname__}"
                 f"{_signature(cls)} refused kwargs {sorted(self.kwargs)}: {describe(error)}"
             ) from error
+
+    def _adapt(self, cls: type) -> object:
+        """Wrap a class written for Ray's own slot."""
+        from rayserve_hooks.ray_callback import RayCallback
+
+        if _ray.is_hooks_callback(cls):
+            raise CallbackConfigError(
+                f"callback {self.name!r}: HooksCallback runs this list and cannot be in it; list "
+                "the callbacks themselves"
+            )
+        try:
+            return RayCallback(cls, self.kwargs)
+        except CallbackConfigError as error:
+            raise CallbackConfigError(f"callback {self.name!r}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         self.freeze()
@@ -170,18 +192,28 @@ def parse_callbacks(value: object, where: str = "callbacks") -> tuple[CallbackEn
         where: The config field, for messages.
 
     Raises:
-        CallbackConfigError: An item is malformed, or two have the same name.
+        CallbackConfigError: An item is malformed, or two have the same name. What is wrong with
+            the callbacks themselves is then reported with it.
     """
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    entries = tuple(_parse(item, f"{where}[{index}]") for index, item in enumerate(items))
+    problems = Problems()
+    entries: list[CallbackEntry] = []
+    for index, item in enumerate(items):
+        with problems.collected():
+            entries.append(_parse(item, f"{where}[{index}]"))
     names = [entry.name for entry in entries]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise CallbackConfigError(
-            f"{where} has more than one callback named {twice[0]!r}; give each its own name: "
-            f"{{callback: ..., name: ...}}"
-        )
-    return entries
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        with problems.collected():
+            raise CallbackConfigError(
+                f"{where} has more than one callback named {name!r}; give each its own name: "
+                "{callback: ..., name: ...}"
+            )
+    if problems:
+        for entry in entries:
+            with problems.collected():
+                entry.create()
+    problems.raise_all()
+    return tuple(entries)
 
 
 def _parse(item: object, where: str) -> CallbackEntry:

@@ -12,15 +12,18 @@ from typing import Any, NoReturn
 
 import pluggy
 
-from rayserve_hooks import _pluggy, aio
+from rayserve_hooks import _pluggy, _ray, aio
 from rayserve_hooks.context import CallbackCtx, Handled
-from rayserve_hooks.errors import CallbackConfigError, HookError, describe
+from rayserve_hooks.errors import CallbackConfigError, HookError, Problems, describe
 from rayserve_hooks.hookspecs import HOOKS, PHASES, PROJECT, RayServeLLMCallback
 from rayserve_hooks.loading import CallbackEntry, is_protocol_stub, parse_callbacks
 from rayserve_hooks.trace import LOGGER_NAME
 
 logger = logging.getLogger(LOGGER_NAME)
 
+
+DISABLE_VARIABLE = "RAYSERVE_HOOKS_DISABLE"
+"""Environment variable: names of callbacks to leave out, separated by commas."""
 
 # What ``@hookimpl`` without arguments gives a method.
 _UNDECORATED = pluggy.HookimplOpts(
@@ -71,7 +74,12 @@ class PluginManager(pluggy.PluginManager):
             entry.name for entry in stack.entries if (entry.on_error or stack.on_error) == "warn"
         }
         # Built in list order, registered from the last: pluggy runs the last registered first.
-        plugins = [(entry.name, entry.create()) for entry in stack.entries]
+        problems = Problems()
+        plugins: list[tuple[str, object]] = []
+        for entry in stack.entries:
+            with problems.collected():
+                plugins.append((entry.name, entry.create()))
+        problems.raise_all()
         for name, plugin in reversed(plugins):
             self.register(plugin, name)
         for hook in HOOKS:
@@ -155,8 +163,9 @@ class _StandIn:
     def __init__(self, plugin: object) -> None:
         self.stands_for = plugin
         for name in dir(plugin):
-            if not name.startswith("_") and inspect.isroutine(method := getattr(plugin, name)):
-                setattr(self, name, method)
+            # Looked up statically, so that no property of the plugin runs.
+            if not name.startswith("_") and inspect.isroutine(inspect.getattr_static(plugin, name)):
+                setattr(self, name, getattr(plugin, name))
 
 
 def _stand_in(plugin: Any) -> Any:
@@ -325,20 +334,25 @@ def get_plugin_manager(config: Any) -> PluginManager:
 def stack_of(config: Any) -> CallbackStack:
     """Read the callback list of an ``LLMConfig``, ours or Ray's.
 
-    Raises:
-        CallbackConfigError: The list is malformed, or the config names a callback of Ray's own
-            kind instead of ``HooksCallback``.
-    """
-    from rayserve_hooks import _ray
+    A callback of Ray's own kind that the config names instead of ``HooksCallback`` is a list of
+    one.
 
+    Raises:
+        CallbackConfigError: The list is malformed.
+    """
     settings = config.callback_config
-    kwargs = settings.callback_kwargs
-    if not _ray.runs_hooks(settings):
-        raise CallbackConfigError(
-            f"callback_config names {settings.callback_class!r}, which is not run as hooks; set "
-            "callback_class to 'rayserve_hooks.HooksCallback' and list callbacks in its "
-            "callback_kwargs"
-        )
+    if _ray.runs_hooks(settings):
+        entries = _listed(settings.callback_kwargs)
+    else:
+        entries = (CallbackEntry(settings.callback_class, settings.callback_kwargs),)
+    return CallbackStack(
+        deployment=_ray.deployment_name(config.model_id),
+        entries=_enabled(entries),
+        on_error="raise" if settings.raise_error_on_callback else "warn",
+    )
+
+
+def _listed(kwargs: dict[str, Any]) -> tuple[CallbackEntry, ...]:
     unknown = sorted(set(kwargs) - {"callbacks"})
     if unknown:
         raise CallbackConfigError(
@@ -348,8 +362,23 @@ def stack_of(config: Any) -> CallbackStack:
     entries = parse_callbacks(kwargs.get("callbacks", ()), "callbacks")
     # Kept in the config: later calls, and the processes it is sent to, see the same entries.
     kwargs["callbacks"] = list(entries)
-    return CallbackStack(
-        deployment=_ray.deployment_name(config.model_id),
-        entries=entries,
-        on_error="raise" if settings.raise_error_on_callback else "warn",
-    )
+    return entries
+
+
+def _enabled(entries: tuple[CallbackEntry, ...]) -> tuple[CallbackEntry, ...]:
+    """Leave out what the environment variable switches off.
+
+    It is read where the list is read from the config, in the replica; what travels to the other
+    nodes is the shortened list, so that all processes agree.
+    """
+    named = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")} - {""}
+    unknown = sorted(named - {entry.name for entry in entries})
+    if unknown:
+        known = ", ".join(sorted(entry.name for entry in entries)) or "none"
+        raise CallbackConfigError(
+            f"{DISABLE_VARIABLE} names {unknown[0]!r}, which is no callback of this deployment; "
+            f"use names of its callbacks (known: {known})"
+        )
+    for name in sorted(named):
+        logger.warning("callback %r is switched off by %s", name, DISABLE_VARIABLE)
+    return tuple(entry for entry in entries if entry.name not in named)

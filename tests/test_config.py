@@ -130,7 +130,7 @@ def test_it_pickles_after_its_callbacks_have_run() -> None:
     assert order(copy) == ["Callback"]
 
 
-def test_a_config_of_ray_that_names_another_callback_is_refused() -> None:
+def test_a_config_of_ray_that_names_a_ray_callback_is_a_list_of_one() -> None:
     from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig
     from ray.serve.llm import LLMConfig
 
@@ -141,8 +141,37 @@ def test_a_config_of_ray_that_names_another_callback_is_refused() -> None:
         model_loading_config={"model_id": "m"},
         callback_config=CallbackConfig(callback_class=Foreign),
     )
-    with pytest.raises(ValueError, match="which is not run as hooks; set callback_class to"):
-        get_plugin_manager(config)
+    assert order(config) == ["Foreign"]
+
+
+def test_all_problems_are_reported_together() -> None:
+    callbacks = [
+        "no_such_module.X",
+        {"callback": Callback, "kwargs": {"tokne": 1}},
+        {"callback": Callback, "nmae": "x"},
+    ]
+    with pytest.raises(ValidationError) as caught:
+        make(model_id="m", callbacks=callbacks)
+    text = str(caught.value)
+    assert "3 problems:\n- callbacks[2] has unknown key 'nmae'; did you mean 'name'?" in text
+    assert "- callback 'no_such_module.X': no module named 'no_such_module'" in text
+    assert "refused kwargs ['tokne']" in text
+
+
+def test_a_callback_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(model_id="m", callbacks=[Callback, "download_policy"])
+    monkeypatch.setenv("RAYSERVE_HOOKS_DISABLE", "Callback")
+    assert order(config) == ["download_policy"]
+
+
+def test_an_unknown_name_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSERVE_HOOKS_DISABLE", "Callbak")
+    with pytest.raises(
+        ValidationError,
+        match=r"RAYSERVE_HOOKS_DISABLE names 'Callbak', which is no callback of this deployment; "
+        r"use names of its callbacks \(known: Callback, download_policy\)",
+    ):
+        make(model_id="m", callbacks=[Callback, "download_policy"])
 
 
 def test_a_config_of_ray_with_instances_keeps_one_manager() -> None:

@@ -330,7 +330,7 @@ def test_the_same_name_twice() -> None:
         "{callback: ..., name: ...}"
     )
     with refused(text):
-        parse_callbacks([Plain, Strict, "plugins_for_tests:Plain"])
+        parse_callbacks([Plain, "plugins_for_tests:Plain"])
 
 
 def test_messages_name_the_config_field() -> None:
