@@ -1,7 +1,7 @@
-# ENGINE=cpu (the default) or ENGINE=vllm, for a machine with a CUDA GPU.
-ENGINE ?= cpu
 PYTHON ?= python3.11
 VENV := .venv
+# ENGINE=cpu or ENGINE=vllm, for a machine with a CUDA GPU; by default what is installed, else cpu.
+ENGINE ?= $(or $(patsubst $(VENV)/installed-%,%,$(firstword $(wildcard $(VENV)/installed-*))),cpu)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(ENGINE)
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -36,8 +36,12 @@ free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
     fail "$((free_kb / 1024 / 1024)) GB free here, about $need_gb GB are needed; make room, or move the checkout"
 
 echo "installing into $venv: package, engine ($engine), test tools; a few minutes"
-# A half-made environment of an interrupted run still has its pip, or is made anew.
-"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
+# A half-made environment of an interrupted run is gone on with if it has its pip. One with
+# another engine is made anew: the two bring different builds of torch.
+other=$(find "$venv" -maxdepth 1 -name 'installed-*' ! -name "installed-$engine" 2>/dev/null || true)
+if [ -n "$other" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    "$python" -m venv --clear "$venv"
+fi
 pip=("$venv/bin/python" -m pip install --progress-bar off --quiet)
 
 index=()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("awk", "bash", "cut", "df", "du", "env", "sed", "sleep", "touch")
+TOOLS = ("awk", "bash", "cut", "df", "du", "env", "find", "sed", "sleep", "touch")
 
 
 @pytest.fixture
@@ -119,6 +119,19 @@ def test_the_cpu_wheel_index_is_added_only_where_pip_needs_it(
     index = "--extra-index-url https://download.pytorch.org/whl/cpu"
     assert (index in real) == (not knows_cpu_torch)
     assert "--editable .[engine-cpu,test,lint]" in real
+
+
+def test_an_environment_with_the_other_engine_is_made_anew(tools: Path, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    write_tool(tools, "python3.11", f'echo "$@" >> {calls}')
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    write_tool(python.parent, "python", "exit 0")
+    assert install(tools, "cpu")[0] == 0
+    assert "--clear" not in calls.read_text()
+    (tmp_path / "venv" / "installed-vllm").touch()
+    assert install(tools, "cpu")[0] == 0
+    assert f"-m venv --clear {tmp_path / 'venv'}" in calls.read_text()
 
 
 def test_a_second_make_installs_nothing() -> None:
