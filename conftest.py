@@ -23,7 +23,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 
 class RayCluster(NamedTuple):
-    """A head node, where deployments fit, and a second node with the resource ``other``."""
+    """A head node, where all CPUs are, and a second node with the resource ``other``."""
 
     address: str
     dashboard: str
@@ -60,7 +60,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
             },
         )
         other = cluster.add_node(
-            num_cpus=1, resources={"other": 4}, env_vars={"HF_HOME": str(other_cache)}
+            num_cpus=0, resources={"other": 4}, env_vars={"HF_HOME": str(other_cache)}
         )
         context: Any = ray.init(address=cluster.address, logging_level=logging.WARNING)
         try:
@@ -78,3 +78,23 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
             serve.shutdown()
             ray.shutdown()
             cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _no_group_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Free the groups that a test made; Ray does it when the process ends that made them."""
+    if "ray_cluster" not in request.fixturenames:
+        yield
+        return
+    request.getfixturevalue("ray_cluster")
+    from ray import PlacementGroupID
+    from ray.util.placement_group import (
+        PlacementGroup,
+        placement_group_table,
+        remove_placement_group,
+    )
+
+    before = placement_group_table().keys()
+    yield
+    for group_id in placement_group_table().keys() - before:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))

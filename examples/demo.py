@@ -260,6 +260,8 @@ def step(title: str) -> Iterator[None]:
 
 if __name__ == "__main__":
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    # A shell starts a background job with Ctrl-C ignored; this one must be able to clean up.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_on_sigterm()
     try:
         sys.exit(main())

@@ -17,6 +17,9 @@ from rayserve_hooks.errors import HookError, describe
 from rayserve_hooks.manager import CallbackStack, PluginManager, get_plugin_manager
 from rayserve_hooks.trace import TraceEntry
 
+Setters = dict[str, tuple[str, str]]
+"""By key of ``custom_data``: the callback and hook that set it."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -41,6 +44,7 @@ class NodeRequest:
     config: bytes
     fields: dict[str, Any]
     custom_data: dict[str, bytes]
+    custom_data_setters: Setters
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,12 @@ def run_node_task(request: NodeRequest) -> NodeReply:
     result = initialize_this_node(get_plugin_manager(request.stack), ctx, request.source)
     # custom_data goes back key by key, so that one that cannot travel is an error naming it.
     bare = replace(result, custom_data={})
-    return NodeReply(bare, pack_custom_data(ctx), ctx.extra_init_kwargs, list(ctx.trace))
+    return NodeReply(
+        bare,
+        pack_custom_data(ctx, request.custom_data_setters),
+        ctx.extra_init_kwargs,
+        list(ctx.trace),
+    )
 
 
 def request_for(
@@ -117,7 +126,7 @@ def request_for(
         "runtime_env": ctx.runtime_env,
         "extra_init_kwargs": ctx.extra_init_kwargs,
     }
-    return NodeRequest(stack, node, source, config, fields, pack_custom_data(ctx))
+    return NodeRequest(stack, node, source, config, fields, pack_custom_data(ctx), _setters(ctx))
 
 
 def unpack(reply: NodeReply) -> NodeResult:
@@ -128,8 +137,12 @@ def unpack(reply: NodeReply) -> NodeResult:
     return replace(reply.result, custom_data=custom_data)
 
 
-def pack_custom_data(ctx: CallbackCtx) -> dict[str, bytes]:
+def pack_custom_data(ctx: CallbackCtx, set_earlier: Setters | None = None) -> dict[str, bytes]:
     """Pickle ``ctx.custom_data`` key by key.
+
+    Args:
+        ctx: The context.
+        set_earlier: Who set the keys that came with the request.
 
     Raises:
         HookError: A value cannot be pickled; names its key and the callback that set it.
@@ -141,13 +154,23 @@ def pack_custom_data(ctx: CallbackCtx) -> dict[str, bytes]:
         try:
             packed[key] = cloudpickle.dumps(value)
         except Exception as error:  # any class can refuse in its own way
-            setter = ctx.trace.who_changed(f"custom_data.{key}")
+            setters = {**(set_earlier or {}), **_setters(ctx)}
+            callback, hook = setters.get(key, (None, None))
             raise HookError(
-                callback=setter.callback if setter else None,
-                hook=setter.hook if setter else None,
+                callback=callback,
+                hook=hook,
                 node=str(ctx.node),
                 phase="before download",
                 detail=f"ctx.custom_data[{key!r}] cannot be sent to another process: "
                 f"{describe(error)}; store plain data there and keep the object on the callback",
             ) from error
     return packed
+
+
+def _setters(ctx: CallbackCtx) -> Setters:
+    found = {}
+    for key in ctx.custom_data:
+        entry = ctx.trace.who_changed(f"custom_data.{key}")
+        if entry is not None:
+            found[key] = (entry.callback, entry.hook)
+    return found

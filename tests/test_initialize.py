@@ -54,19 +54,8 @@ def group_states() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _no_group_left(ray_cluster: Any) -> Iterator[None]:
-    """Free the groups that callbacks made; Ray does it when the process ends that made them."""
-    from ray import PlacementGroupID
-    from ray.util.placement_group import (
-        PlacementGroup,
-        placement_group_table,
-        remove_placement_group,
-    )
-
-    before = placement_group_table().keys()
-    yield
-    for group_id in placement_group_table().keys() - before:
-        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
+def _cluster(ray_cluster: Any) -> None:
+    pass
 
 
 @pytest.fixture
@@ -309,10 +298,21 @@ def test_a_value_that_cannot_travel_names_key_and_callback() -> None:
     with pytest.raises(
         HookError,
         match=r"callback 'Unpicklable' failed in hook on_before_init .*ctx.custom_data\['client'\] "
-        r"cannot be sent to another process: TypeError: cannot pickle '_thread.lock' object; store "
+        r"cannot be sent to another process: TypeError: cannot pickle 'generator' object; store "
         "plain data there and keep the object on the callback",
     ):
         initialize(config(SPREAD, "lifecycle_callbacks:Unpicklable"))
+
+
+def test_a_value_that_cannot_come_back_names_key_and_callback() -> None:
+    from ray.serve._private.utils import ensure_serialization_context
+
+    ensure_serialization_context()  # as in a replica
+    with pytest.raises(
+        HookError,
+        match=r"callback 'Lock' failed in hook on_before_init .*ctx.custom_data\['lock'\] cannot",
+    ):
+        initialize(config(SPREAD, "lifecycle_callbacks:Lock"))
 
 
 def test_different_paths_on_nodes_are_an_error_naming_both(ray_cluster: Any) -> None:

@@ -3,7 +3,6 @@ import importlib
 import pickle
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -570,12 +569,12 @@ def test_a_decorated_method_that_keeps_its_signature_is_a_hook() -> None:
     assert create(Retried).on_before_init(make_ctx()) == Handled("/m")
 
 
-class Lockable:
+class Streaming:
     def __init__(self) -> None:
-        self.lock: Any = None
+        self.stream: Any = None
 
     def on_before_init(self, ctx: CallbackCtx) -> None:
-        self.lock = threading.Lock()
+        self.stream = (number for number in range(1))
 
 
 def sent(entry: CallbackEntry) -> CallbackEntry:
@@ -584,10 +583,10 @@ def sent(entry: CallbackEntry) -> CallbackEntry:
     return copy
 
 
-def test_freeze_refuses_an_instance_that_holds_a_lock() -> None:
-    instance = Lockable()
-    instance.lock = threading.Lock()
-    text = "callback 'Lockable' cannot be sent to another process: TypeError: cannot pickle"
+def test_freeze_refuses_an_instance_that_holds_a_stream() -> None:
+    instance = Streaming()
+    instance.stream = (number for number in range(1))
+    text = "callback 'Streaming' cannot be sent to another process: TypeError: cannot pickle"
     with refused(text) as caught:
         one(instance).freeze()
     assert str(caught.value).endswith(
@@ -596,19 +595,19 @@ def test_freeze_refuses_an_instance_that_holds_a_lock() -> None:
     )
 
 
-def test_freeze_refuses_kwargs_that_hold_a_lock() -> None:
+def test_freeze_refuses_kwargs_that_hold_a_stream() -> None:
     with refused("callback 'Plain' cannot be sent to another process: TypeError: cannot pickle"):
-        one({"callback": Plain, "kwargs": {"greeting": threading.Lock()}}).freeze()
+        one({"callback": Plain, "kwargs": {"greeting": (number for number in range(1))}}).freeze()
 
 
 def test_an_instance_travels_as_it_was_configured() -> None:
-    instance = Lockable()
+    instance = Streaming()
     entry = one(instance)
     entry.freeze()
     instance.on_before_init(make_ctx())
     copy = sent(entry).create()
-    assert isinstance(copy, Lockable)
-    assert copy.lock is None
+    assert isinstance(copy, Streaming)
+    assert copy.stream is None
     assert entry.create() is instance
 
 
