@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import os
@@ -182,6 +183,7 @@ def _call(
 ) -> Callable[[CallbackCtx], Handled | None]:
     """Make the function pluggy calls in place of a callback's own."""
 
+    @functools.wraps(function)
     def call(ctx: CallbackCtx) -> Handled | None:
         entry, outer = ctx._begin(callback, hook)
         outcome = "interrupted"  # stands when what is raised is no Exception
@@ -205,6 +207,7 @@ def _wrapper_call(
 ) -> Callable[[CallbackCtx], Generator[None, Any, Any]]:
     """Make the generator function pluggy calls in place of a wrapper's own."""
 
+    @functools.wraps(function)
     def call(ctx: CallbackCtx) -> Generator[None, Any, Any]:
         entry, outer = ctx._begin(callback, hook)
         outcome = "interrupted"
@@ -347,7 +350,7 @@ def stack_of(config: Any) -> CallbackStack:
         entries = (CallbackEntry(settings.callback_class, settings.callback_kwargs),)
     return CallbackStack(
         deployment=_ray.deployment_name(config.model_id),
-        entries=_enabled(entries),
+        entries=enabled(entries),
         on_error="raise" if settings.raise_error_on_callback else "warn",
     )
 
@@ -365,8 +368,8 @@ def _listed(kwargs: dict[str, Any]) -> tuple[CallbackEntry, ...]:
     return entries
 
 
-def _enabled(entries: tuple[CallbackEntry, ...]) -> tuple[CallbackEntry, ...]:
-    """Leave out what the environment variable switches off.
+def enabled(entries: tuple[CallbackEntry, ...]) -> tuple[CallbackEntry, ...]:
+    """Leave out what the environment variable `DISABLE_VARIABLE` switches off.
 
     It is read where the list is read from the config, in the replica; what travels to the other
     nodes is the shortened list, so that all processes agree.

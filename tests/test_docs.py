@@ -18,6 +18,7 @@ CONSOLE = {
     "make demo",  # tests/test_demo.py
     "make install",  # what .ci/run starts with
     "make test",  # what .ci/run ends with
+    ".venv/bin/rayserve-hooks order examples/serve_config.yaml --app-dir examples",  # test_cli.py
     ".venv/bin/python examples/quick_start.py",  # tests/test_end_to_end.py
     ".venv/bin/ray start --head --num-cpus 4",  # Ray's own
     "PYTHONPATH=examples .venv/bin/serve run examples/serve_config.yaml",  # likewise
