@@ -31,6 +31,7 @@ class RayCluster(NamedTuple):
     head_id: str
     other_id: str
     other_cache: Path
+    cluster: Any
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +74,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
                 head_id,
                 other.node_id,
                 other_cache,
+                cluster,
             )
         finally:
             serve.shutdown()

@@ -1,4 +1,4 @@
-"""The node-initialization phase of a one-node deployment: stock Ray against this package.
+"""The node-initialization phase on 1 to 8 simulated nodes: stock Ray against this package.
 
 Both sides drive the entry points that a replica drives between its own start and the engine's
 (``VLLMEngine.start``, Ray 2.60): the callback is built, ``on_before_node_init`` is awaited, then
@@ -7,18 +7,21 @@ Each round is a fresh driver process on a cluster of its own, the two sides in t
 side has one ``CallbackBase`` subclass, ours three stacked callbacks that do the same work.
 """
 
-import argparse
+from __future__ import annotations
+
 import asyncio
 import json
 import logging
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-SIDES = ("stock", "ours")
+from report import Benchmark, arguments, in_fresh_process
+
+CASES = ("1 node", "2 nodes", "4 nodes", "8 nodes")
+SIDES = ("stock Ray", "ours")
+WANTED = {"1 node": 20, "4 nodes": 5}
 
 
 def stock_callback() -> type:
@@ -52,7 +55,7 @@ class NotesEnd:
         ctx.custom_data["ended"] = time.time()
 
 
-def make_config(side: str) -> Any:
+def make_config(side: str, nodes: int) -> Any:
     """Configure both sides as YAML does, so that nothing of ours is imported or built before."""
     from ray.llm._internal.common.callbacks.base import CallbackConfig
     from ray.serve.llm import LLMConfig
@@ -60,9 +63,9 @@ def make_config(side: str) -> Any:
     callbacks = {"callbacks": [SetsArgument, NotesStart, NotesEnd]}
     return LLMConfig(
         model_loading_config={"model_id": "tiny"},
-        placement_group_config={"bundles": [{"CPU": 1}]},
+        placement_group_config={"bundles": [{"CPU": 1}] * nodes, "strategy": "STRICT_SPREAD"},
         callback_config=CallbackConfig(callback_class=stock_callback())
-        if side == "stock"
+        if side == SIDES[0]
         else CallbackConfig("rayserve_hooks.HooksCallback", callbacks),
     )
 
@@ -80,47 +83,42 @@ async def node_initialization(config: Any) -> float:
     return time.perf_counter() - started
 
 
-def one_round(side: str) -> float:
+def seconds(case: str, side: str) -> float:
     """Run in a fresh process: start Ray, import what a replica has imported by then, measure."""
     import ray
 
     # A replica has imported the engine before it initializes nodes.
     import ray.llm._internal.serve.engines.vllm.vllm_engine
+    from ray.cluster_utils import Cluster
 
-    ray.init(num_cpus=4, logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
-    config = make_config(side)
+    nodes = int(case.split()[0])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(nodes - 1):
+        cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+    config = make_config(side, nodes)
     assert config.get_engine_config() is not None
-    seconds = asyncio.run(node_initialization(config))
-    ray.shutdown()
-    return seconds
+    try:
+        return asyncio.run(node_initialization(config))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--side", choices=SIDES, help="one round of one side, for this program")
-    arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(one_round(arguments.side)))
+    options = arguments(__doc__)
+    if options.one:
+        print(json.dumps(seconds(*options.one)))
         return 0
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    for number in range(arguments.rounds):
-        for side in SIDES:
-            command = [sys.executable, __file__, "--side", side]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            seconds[side].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1}: {side} {seconds[side][-1]:.3f} s", flush=True)
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    ratio = medians["stock"] / medians["ours"]
-    for side, values in seconds.items():
-        print(
-            f"{side:6} median {medians[side]:.3f} s, range {min(values):.3f} to {max(values):.3f} s"
-        )
-    print(f"ratio  {ratio:.1f} (stock / ours; at least 20 is wanted)")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"seconds": seconds, "ratio": ratio}, indent=2))
-    return 0 if ratio >= 20 else 1
+    benchmark = Benchmark("node_init", "Node initialization, nothing to download", wanted=WANTED)
+    benchmark.run(CASES, SIDES, options.rounds, in_fresh_process)
+    counts = [int(case.split()[0]) for case in CASES]
+    notes = {}
+    for side in SIDES:
+        medians = [statistics.median(benchmark.values[case][side]) for case in CASES]
+        slope = statistics.linear_regression(counts, medians).slope
+        notes[f"seconds for each further node, {side}"] = round(slope, 2)
+    return benchmark.finish(notes)
 
 
 if __name__ == "__main__":

@@ -19,25 +19,27 @@ def replace_function(impl: pluggy.HookImpl, function: HookFunction) -> None:
     impl.function = function  # type: ignore[misc]
 
 
-def reverse_trylast(caller: pluggy.HookCaller) -> None:
-    """Reverse the run order of a hook's ``trylast`` impls, wrappers and others apart.
+def reverse_groups(caller: pluggy.HookCaller, *marks: str) -> None:
+    """Reverse the run order within some groups of a hook's impls, wrappers and others apart.
 
     pluggy runs the last registered first, except among ``trylast`` impls, where the first
     registered runs first. A list registered from its end to its start therefore runs in list
-    order but for these. ``HookCaller._hookimpls`` is the list pluggy calls from its end; there
-    is no public way to reorder it.
+    order but for the ``trylast`` group. ``HookCaller._hookimpls`` is the list pluggy calls from
+    its end; there is no public way to reorder it.
+
+    Args:
+        caller: The hook.
+        *marks: Which groups: ``"tryfirst"``, ``"trylast"`` or ``""``, the unmarked.
     """
     impls = caller._hookimpls
-    for in_group in (_is_trylast_wrapper, _is_plain_trylast):
-        places = [i for i, impl in enumerate(impls) if in_group(impl)]
-        group = [impls[i] for i in places]
-        for place, impl in zip(places, reversed(group), strict=True):
-            impls[place] = impl
+    for mark in marks:
+        for wrapper in (True, False):
+            places = [i for i, impl in enumerate(impls) if _group(impl) == (mark, wrapper)]
+            group = [impls[i] for i in places]
+            for place, impl in zip(places, reversed(group), strict=True):
+                impls[place] = impl
 
 
-def _is_trylast_wrapper(impl: pluggy.HookImpl) -> bool:
-    return impl.trylast and (impl.wrapper or impl.hookwrapper)
-
-
-def _is_plain_trylast(impl: pluggy.HookImpl) -> bool:
-    return impl.trylast and not (impl.wrapper or impl.hookwrapper)
+def _group(impl: pluggy.HookImpl) -> tuple[str, bool]:
+    mark = "tryfirst" if impl.tryfirst else "trylast" if impl.trylast else ""
+    return mark, impl.wrapper or impl.hookwrapper

@@ -33,9 +33,8 @@ def __getattr__(name: str) -> Any:
     return CallbackBase
 
 
-def runs_hooks(settings: CallbackConfig) -> bool:
-    """Tell whether a config's ``callback_config`` is ours, or names no callback at all."""
-    named = settings.callback_class
+def runs_hooks(named: str | type) -> bool:
+    """Tell whether a config's ``callback_class`` is ours, or Ray's default, which does nothing."""
     if isinstance(named, str):
         return named.replace(":", ".") in (HOOKS_CALLBACK, "rayserve_hooks.serve.HooksCallback")
     return _is_callback_base(named) or is_hooks_callback(named)
@@ -65,7 +64,9 @@ def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:
     return download_utils.NodeModelDownloadable[mode.name]
 
 
-def hooks_callback_config(callbacks: list[Any], raise_error: bool) -> CallbackConfig:
+def hooks_callback_config(
+    callbacks: list[Any], time_limits: dict[str, Any], raise_error: bool
+) -> CallbackConfig:
     """Make the ``callback_config`` that a YAML file would hold.
 
     Ray exports ``CallbackConfig`` nowhere; there is no other slot for callbacks.
@@ -74,7 +75,7 @@ def hooks_callback_config(callbacks: list[Any], raise_error: bool) -> CallbackCo
 
     return CallbackConfig(
         callback_class=HOOKS_CALLBACK,
-        callback_kwargs={"callbacks": callbacks},
+        callback_kwargs={"callbacks": callbacks, "time_limits": time_limits},
         raise_error_on_callback=raise_error,
     )
 
@@ -176,6 +177,17 @@ def set_engine_kwargs(config: LLMConfig, kwargs: dict[str, Any]) -> None:
     for name in kwargs:
         if name in fresh.frontend_kwargs:
             engine.frontend_kwargs[name] = engine.engine_kwargs.pop(name)
+
+
+def task_attempt() -> int:
+    """Say how often Ray has started the task of this process: 1 the first time.
+
+    No public interface tells a task its attempt.
+    """
+    from ray._private.worker import global_worker
+
+    core_worker: Any = global_worker.core_worker  # type: ignore[attr-defined]
+    return int(core_worker.get_current_task_attempt_number()) + 1
 
 
 def own_node() -> NodeInfo:

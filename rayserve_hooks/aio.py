@@ -14,23 +14,106 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+R = TypeVar("R")
 
-_home_loop: contextvars.ContextVar[asyncio.AbstractEventLoop | None] = contextvars.ContextVar(
-    "rayserve_hooks_home_loop", default=None
+_GIVE_UP_S = 1.0
+
+
+class ThreadCall(Generic[T]):
+    """A function running in a thread, whose coroutines are awaited on an event loop.
+
+    The thread is a daemon: a callback that hangs for ever must not keep its process from ending.
+
+    Args:
+        func: The function.
+        loop: Where its coroutines run; None means one loop per process.
+
+    Attributes:
+        future: The function's result to come.
+    """
+
+    def __init__(
+        self, func: Callable[[], T], loop: asyncio.AbstractEventLoop | None = None
+    ) -> None:
+        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        self.loop = loop
+        self._lock = threading.Lock()
+        self._coroutines: set[concurrent.futures.Future[Any]] = set()
+        self._given_up = False
+        context = contextvars.copy_context()
+        threading.Thread(
+            target=context.run, args=(self._run, func), name="rayserve_hooks-call", daemon=True
+        ).start()
+
+    def _run(self, func: Callable[[], T]) -> None:
+        _running_call.set(self)
+        try:
+            self.future.set_result(func())
+        except BaseException as error:  # whoever waits for the future gets it
+            self.future.set_exception(error)
+
+    def give_up(self) -> None:
+        """Stop what can be stopped: its coroutines. A blocked thread can not be."""
+        with self._lock:
+            self._given_up = True
+            coroutines = list(self._coroutines)
+        for coroutine in coroutines:
+            coroutine.cancel()
+
+    def check(self) -> None:
+        """Raise ``CancelledError`` in a call that was given up, so that it starts nothing new."""
+        if self._given_up:
+            raise asyncio.CancelledError("this initialization was given up")
+
+    def wait_for(self, coroutine: Coroutine[Any, Any, R]) -> R:
+        """Await a coroutine of this call, from its thread."""
+        with self._lock:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop or process_loop())
+            self._coroutines.add(future)
+            if self._given_up:
+                future.cancel()
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            # By its own class a hook's error handling would take it for an ordinary error.
+            raise asyncio.CancelledError("this initialization was given up") from None
+        finally:
+            self._coroutines.discard(future)
+
+
+_running_call: contextvars.ContextVar[ThreadCall[Any] | None] = contextvars.ContextVar(
+    "rayserve_hooks_running_call", default=None
 )
 
 
 async def run_in_thread(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run ``func`` in a thread whose coroutines come back to this event loop."""
-    token = _home_loop.set(asyncio.get_running_loop())
+    call = ThreadCall(functools.partial(func, *args, **kwargs), asyncio.get_running_loop())
+    ended = asyncio.wrap_future(call.future)
     try:
-        return await asyncio.to_thread(func, *args, **kwargs)
-    finally:
-        _home_loop.reset(token)
+        return await asyncio.shield(ended)
+    except asyncio.CancelledError:
+        call.give_up()
+        await asyncio.wait([ended], timeout=_GIVE_UP_S)  # for its coroutines to clean up
+        raise
+
+
+def start_in_thread(func: Callable[[], T]) -> ThreadCall[T]:
+    """Start ``func`` in a thread of its own, from a hook; its coroutines go where the hook's do."""
+    call = _running_call.get()
+    return ThreadCall(func, call.loop if call else None)
+
+
+def check_given_up() -> None:
+    """Raise ``CancelledError`` where nobody waits for the running hook chain any more."""
+    call = _running_call.get()
+    if call is not None:
+        call.check()
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -46,11 +129,13 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     except RuntimeError:
         inside_loop = False
     guarded = _guarded(coroutine)
+    call = _running_call.get()
     if inside_loop and _nested.get():
         outcome = _on_a_loop_of_its_own(guarded)
+    elif inside_loop or call is None:
+        outcome = asyncio.run_coroutine_threadsafe(guarded, process_loop()).result()
     else:
-        loop = None if inside_loop else _home_loop.get()
-        outcome = asyncio.run_coroutine_threadsafe(guarded, loop or _process_loop()).result()
+        outcome = call.wait_for(guarded)
     if isinstance(outcome, _Raised):
         raise outcome.error
     return outcome
@@ -83,7 +168,8 @@ async def _guarded(coroutine: Coroutine[Any, Any, T]) -> T | _Raised:
 _process_loop_lock = threading.Lock()
 
 
-def _process_loop() -> asyncio.AbstractEventLoop:
+def process_loop() -> asyncio.AbstractEventLoop:
+    """Give the event loop that runs in a thread of its own for as long as the process lives."""
     with _process_loop_lock:
         return _start_process_loop()
 

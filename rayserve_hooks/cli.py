@@ -9,13 +9,15 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rayserve_hooks._ray import HOOKS_CALLBACK
 from rayserve_hooks.errors import CallbackConfigError, Problems
 from rayserve_hooks.hookspecs import HOOKS
-from rayserve_hooks.loading import parse_callbacks, short_names
-from rayserve_hooks.manager import CallbackStack, PluginManager, enabled
+from rayserve_hooks.loading import short_names
+from rayserve_hooks.manager import PluginManager, enabled, parse_stack
 from rayserve_hooks.trace import format_table
 
 Row = dict[str, Any]
@@ -80,7 +82,12 @@ def order(path: str) -> list[Row]:
     rows: list[Row] = []
     for deployment, llm_config in _llm_configs(path):
         with problems.collected():
-            rows.extend(_in_order(deployment, llm_config))
+            try:
+                rows.extend(_in_order(deployment, llm_config))
+            except CallbackConfigError as error:
+                raise CallbackConfigError(
+                    *(f"{deployment}: {problem}" for problem in error.problems)
+                ) from error
     problems.raise_all()
     return rows
 
@@ -140,9 +147,15 @@ def _read(path: str) -> Mapping[str, Any]:
 
 def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
     settings = llm_config.get("callback_config") or {}
-    callbacks = (settings.get("callback_kwargs") or {}).get("callbacks", ())
-    entries = enabled(parse_callbacks(callbacks, f"{deployment}: callbacks"))
-    manager = PluginManager(CallbackStack(deployment, entries))
+    stack = parse_stack(
+        deployment,
+        settings.get("callback_class") or HOOKS_CALLBACK,
+        settings.get("callback_kwargs") or {},
+        on_error="raise" if settings.get("raise_error_on_callback", True) else "warn",
+    )
+    entries = enabled(stack.entries)
+    here = tuple(entry for entry in entries if not entry.only_on_cluster)
+    manager = PluginManager(replace(stack, entries=here))
     for hook in HOOKS:
         impls = reversed(getattr(manager.hook, hook).get_hookimpls())
         for position, impl in enumerate(impls, start=1):
@@ -150,6 +163,8 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
             options = [name for name in ("wrapper", "tryfirst", "trylast") if impl.opts[name]]
             if inspect.iscoroutinefunction(function):
                 options.append("async")
+            if manager.warns(impl.plugin_name):
+                options.append("on_error=warn")
             yield {
                 "deployment": deployment,
                 "hook": hook,
@@ -158,6 +173,17 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
                 "options": options,
                 "distribution": _distribution_of(function.__module__),
                 "source": _source(function),
+            }
+    for position, entry in enumerate(entries, start=1):
+        if entry.only_on_cluster:
+            yield {
+                "deployment": deployment,
+                "hook": "?",
+                "position": position,
+                "callback": entry.name,
+                "options": ["only_on_cluster"],
+                "distribution": "",
+                "source": entry.target,
             }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, model_validator
@@ -10,6 +10,7 @@ from ray.serve.llm import LLMConfig as RayLLMConfig
 
 from rayserve_hooks import _ray
 from rayserve_hooks.errors import CallbackConfigError, Problems
+from rayserve_hooks.limits import TimeLimits
 from rayserve_hooks.loading import parse_callbacks
 from rayserve_hooks.manager import get_plugin_manager
 
@@ -25,6 +26,8 @@ class LLMConfig(RayLLMConfig):
         callback: One callback. Short for ``callbacks=[callback]``.
         callbacks: The callbacks, in run order; forms: see
             `rayserve_hooks.loading.parse_callbacks`.
+        time_limits: Seconds that steps of the initialization may take, by name; names and
+            defaults: see `rayserve_hooks.limits.TimeLimits`.
         **fields: The fields of ``ray.serve.llm.LLMConfig``.
 
     Raises:
@@ -38,6 +41,9 @@ class LLMConfig(RayLLMConfig):
     callbacks: list[Any] = Field(
         default_factory=list, description="The callbacks of this deployment, in run order."
     )
+    time_limits: dict[str, Any] = Field(
+        default_factory=dict, description="Seconds that steps of the initialization may take."
+    )
 
     if TYPE_CHECKING:
 
@@ -47,6 +53,7 @@ class LLMConfig(RayLLMConfig):
             model_id: str | None = None,
             callback: object = None,
             callbacks: Sequence[object] = (),
+            time_limits: Mapping[str, float | None] = ...,
             **fields: Any,
         ) -> None: ...
 
@@ -78,22 +85,32 @@ class LLMConfig(RayLLMConfig):
 
     @model_validator(mode="after")
     def _plug_in_callbacks(self) -> LLMConfig:
-        if not self.callbacks:
+        if not self.callbacks and not self.time_limits:
             return self
         settings = self.callback_config
-        if not _ray.runs_hooks(settings) or settings.callback_kwargs.get("callbacks"):
+        ours = _ray.runs_hooks(settings.callback_class)
+        if not ours or settings.callback_kwargs.get("callbacks"):
             already = settings.callback_kwargs.get("callbacks")
             if not already or list(already) != self.callbacks:
                 raise CallbackConfigError(
                     "both callbacks and callback_config are given; list all callbacks in callbacks"
                 )
-        self.callbacks = list(parse_callbacks(self.callbacks))
-        self.callback_config = _ray.hooks_callback_config(
-            self.callbacks, settings.raise_error_on_callback
-        )
         problems = Problems()
         with problems.collected():
-            get_plugin_manager(self)
+            self.callbacks = list(parse_callbacks(self.callbacks))
+        with problems.collected():
+            TimeLimits.parse(self.time_limits)
+        problems.raise_all()
+        self.callback_config = _ray.hooks_callback_config(
+            self.callbacks, self.time_limits, settings.raise_error_on_callback
+        )
+        if any(entry.only_on_cluster for entry in self.callbacks):
+            for entry in self.callbacks:
+                with problems.collected():
+                    entry.check()
+        else:
+            with problems.collected():
+                get_plugin_manager(self)
         for entry in self.callbacks:
             with problems.collected():
                 entry.freeze()

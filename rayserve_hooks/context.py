@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import enum
+import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from rayserve_hooks.trace import Trace, TraceEntry, changed_paths, snapshot
+from rayserve_hooks import aio
+from rayserve_hooks.trace import Trace, TraceEntry, changes_between, snapshot
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
 
@@ -118,6 +121,20 @@ class NodeResult:
     download_s: float
 
 
+@dataclass(frozen=True)
+class BackgroundTask:
+    """What a callback started with ``ctx.run_in_background``.
+
+    Attributes:
+        entry: Its line in the trace, with the callback and hook that started it.
+        call: The running function.
+    """
+
+    entry: TraceEntry
+    call: aio.ThreadCall[Any]
+
+
+T = TypeVar("T")
 Get = TypeVar("Get")
 Set = TypeVar("Set")
 
@@ -143,6 +160,8 @@ class _Field(Generic[Get, Set]):
     def __set__(self, ctx: CallbackCtx, value: Set) -> None:
         try:
             ctx._values[self._name] = self._parse(value)
+            if ctx._running is not None:
+                ctx._assigned.add(self._name)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{ctx._who()}cannot set ctx.{self._name}: {error}") from None
 
@@ -188,11 +207,15 @@ class CallbackCtx:
     """
 
     __slots__ = (
+        "_assigned",
+        "_attempt",
+        "_background",
         "_before",
         "_config_loader",
         "_conflicts",
         "_node",
         "_nodes",
+        "_on_call",
         "_role",
         "_running",
         "_trace",
@@ -218,6 +241,8 @@ class CallbackCtx:
         llm_config: LLMConfig | Callable[[], LLMConfig],
         node: NodeInfo,
         role: str = "driver",
+        attempt: int = 1,
+        on_call: Callable[[TraceEntry], None] | None = None,
         **fields: Any,
     ) -> None:
         """Make the context of one process.
@@ -226,6 +251,8 @@ class CallbackCtx:
             llm_config: The config, or a function that loads it at the first use.
             node: The node of this process.
             role: ``"replica"``, ``"node"`` or ``"driver"``, for the trace.
+            attempt: How often Ray has started this node's task, for the trace.
+            on_call: Told of each call of a callback before it starts.
             **fields: Initial values of the read/write fields.
 
         Raises:
@@ -237,6 +264,10 @@ class CallbackCtx:
         set_slot(self, "_node", node)
         set_slot(self, "_nodes", {})
         set_slot(self, "_role", role)
+        set_slot(self, "_attempt", attempt)
+        set_slot(self, "_on_call", on_call)
+        set_slot(self, "_background", [])
+        set_slot(self, "_assigned", set())
         set_slot(self, "_running", None)
         set_slot(self, "_trace", Trace())
         set_slot(self, "_conflicts", {})
@@ -273,6 +304,46 @@ class CallbackCtx:
     @property
     def trace(self) -> Trace:
         return self._trace  # type: ignore[no-any-return]
+
+    def run_in_background(self, fn: Callable[..., T | Awaitable[T]], *args: Any) -> Future[T]:
+        """Start ``fn(*args)`` beside the rest of the hooks and the download of this node.
+
+        The node is ready, and ``on_after_init`` runs, when all that was started so has ended.
+        What is started in ``on_after_init`` ends before the engine is built. A failure ends the
+        initialization with a ``HookError`` of the callback that started it; with
+        ``on_error: warn`` it is logged. When the initialization fails elsewhere an ``async def``
+        function is cancelled; a thread cannot be stopped.
+
+        Args:
+            fn: A function, which runs in a thread of its own, or an ``async def`` function.
+            *args: Its arguments.
+
+        Returns:
+            The result to come; nobody needs to wait for it.
+
+        Raises:
+            RuntimeError: No hook is running.
+        """
+        running = self._running
+        if running is None:
+            raise RuntimeError("ctx.run_in_background() works in hooks only; call it from a hook")
+        name = getattr(fn, "__name__", type(fn).__name__)
+        entry = self._entry(running.callback, running.hook, background=name)
+
+        def run() -> T:
+            outcome = "failed"
+            try:
+                result = fn(*args)
+                if inspect.isawaitable(result):
+                    result = aio.run_coroutine(_awaited(result))
+                outcome = "returned"
+                return result
+            finally:
+                entry.finish(outcome)
+
+        call = aio.start_in_thread(run)
+        self._background.append(BackgroundTask(entry, call))
+        return call.future
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _READ_WRITE:
@@ -313,9 +384,23 @@ class CallbackCtx:
         outer = self._running
         if outer is not None:  # a hook call inside a callback: charge it with its own changes
             self._note_changes(outer)
-        entry = self._trace.start(callback, hook, self._role, self._node)
+        entry = self._entry(callback, hook)
+        if self._on_call is not None:
+            self._on_call(entry)
         object.__setattr__(self, "_running", entry)
         return entry, outer
+
+    def _entry(self, callback: str, hook: str, background: str = "") -> TraceEntry:
+        entry = TraceEntry(
+            callback,
+            hook,
+            self._role,
+            self._node.id,
+            background=background,
+            attempt=self._attempt,
+        )
+        self._trace.add(entry)
+        return entry
 
     def _end(self, entry: TraceEntry, outer: TraceEntry | None, outcome: str) -> None:
         self._note_changes(entry)
@@ -324,13 +409,15 @@ class CallbackCtx:
 
     def _note_changes(self, entry: TraceEntry) -> None:
         """Charge ``entry`` with what differs from the last look."""
-        with contextlib.suppress(Exception):  # an array's == has no truth value: look closer
+        try:
             if self._values == self._before:
                 return
-        changes = changed_paths(self._before, self._values)
+        except Exception:  # noqa: S110 - suppress() would cost more than all the rest
+            pass  # an array's == has no truth value: look closer
+        changes = changes_between(self._before, self._values)
         entry.changes = (*entry.changes, *changes)
         object.__setattr__(self, "_before", snapshot(self._values))
-        for path in changes:
+        for path in (change.path for change in changes):
             earlier = self._conflicts.get(path, entry.callback)
             if earlier != entry.callback and not path.startswith("custom_data"):
                 self._trace.warn_of_conflict(path, earlier, entry.callback)
@@ -341,6 +428,10 @@ class CallbackCtx:
         for name, value in values.items():
             setattr(self, name, value)
         object.__setattr__(self, "_before", snapshot(self._values))
+
+
+async def _awaited(awaitable: Awaitable[T]) -> T:
+    return await awaitable
 
 
 _READ_WRITE = tuple(name for name, value in vars(CallbackCtx).items() if isinstance(value, _Field))

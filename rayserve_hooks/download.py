@@ -2,36 +2,48 @@
 
 Ray's own downloader is not used: it logs and swallows failures, of a whole model as of single
 files, and writes ``refs/main`` before the files (Ray 2.60, ``CloudModelDownloader.get_model``,
-``S3FileSystem.download_files``). Layout, file selection, the ``hash`` object and the
-``anonymous@`` convention are Ray's.
+``S3FileSystem.download_files``). Layout, file selection and the ``hash`` object are Ray's.
+
+A download is complete or absent, and done once per node, however many processes ask for it at the
+same time: `rayserve_hooks.node_lock`. The folder ``.rayserve_hooks`` in the model's folder says
+which files are whole, so that asking again costs one listing. See `rayserve_hooks.transfer` for
+what is verified and how a killed download is resumed, `rayserve_hooks.stores` for URIs and
+credentials.
+
+``RAYSERVE_HOOKS_PROGRESS=1`` in a replica's environment shows a progress bar on the driver's
+terminal; on a driver a terminal has one anyway, unless the variable is ``0``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
+import json
 import logging
 import os
 import re
-import uuid
-from collections.abc import Iterable
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.errors import DownloadError, describe
+from rayserve_hooks.node_lock import node_lock
+from rayserve_hooks.stores import STATE_FOLDER, RemoteFile, Source, checksum_of, open_source
 from rayserve_hooks.trace import LOGGER_NAME
-
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
+from rayserve_hooks.transfer import Content, fetch, store_checksum, unwritable
 
 logger = logging.getLogger(LOGGER_NAME)
 
 # What Ray takes for tokenizer files (CloudFileSystem.download_model, Ray 2.60).
 _TOKENIZER_PARTS = ("tokenizer", "config.json", "chat_template")
+_WEIGHTS_SUFFIX = ".safetensors"
 _REVISION_OBJECT = "hash"
 _DEFAULT_REVISION = "0" * 40
-_PARALLEL_FILES = 8
+_CHECK_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -47,175 +59,319 @@ class Mirror:
     extra_files: tuple[tuple[str, str], ...] = ()
 
 
-def download_node(model_id: str, mirror: Mirror | None, mode: NodeModelDownloadable) -> str | None:
+def download_node(
+    model_id: str,
+    mirror: Mirror | None,
+    mode: NodeModelDownloadable,
+    *,
+    from_hub: bool = False,
+) -> str | None:
     """Download what ``mode`` asks for, and the mirror's extra files, to this node.
+
+    Blocks; call it from a thread without a running event loop.
 
     Args:
         model_id: The engine's model id; names the folder in the cache.
-        mirror: The bucket; None for a local path or a Hugging Face id, which the engine reads or
-            fetches itself.
+        mirror: The bucket; None for a local path or a Hugging Face id.
         mode: Which of the model's files. Extra files are fetched in every mode, as in Ray.
+        from_hub: Fetch a Hugging Face id here instead of leaving it to the engine.
 
     Returns:
         The folder with the model, or None when nothing of it was downloaded.
 
     Raises:
-        DownloadError: The store refused, has no such files, or sent less than it announced.
+        DownloadError: The store refused, has no such files, or what came is not what it holds;
+            the files cannot be written.
     """
-    if mirror is None:
+    for uri, destination in mirror.extra_files if mirror else ():
+        _download_extra(uri, Path(os.path.expandvars(destination)).expanduser())
+    if mode is NodeModelDownloadable.NONE:
         return None
-    for uri, destination in mirror.extra_files:
-        store = _open(uri)
-        target = Path(os.path.expandvars(destination)).expanduser()
-        _fetch_all(store, _list(store, uri), target, uri)
-    if mirror.bucket_uri is None or mode is NodeModelDownloadable.NONE:
-        return None
-    return str(_download_model(model_id, mirror.bucket_uri, mode))
+    if mirror is not None and mirror.bucket_uri is not None:
+        return str(_download_model(model_id, mirror.bucket_uri, mode))
+    if from_hub and not Path(model_id).expanduser().exists():
+        return _download_from_hub(model_id, mode)
+    return None
+
+
+def _download_extra(uri: str, target: Path) -> None:
+    with node_lock(target, f"extra files of {uri}"):
+        source = open_source(uri)
+        files = source.list_files()
+        records = _Records(target / STATE_FOLDER, f"extra-{_short_hash(uri)}", uri)
+        _complete(source, list(files.values()), target, "", records)
+        records.finish("", None)
 
 
 def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable) -> Path:
-    from filelock import FileLock
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from rayserve_hooks._ray import deployment_name
 
-    folder = Path(HF_HUB_CACHE, f"models--{model_id.replace('/', '--')}")
-    _make_folder(folder)
-    with FileLock(folder / ".rayserve_hooks.lock"):
-        store = _open(uri)
-        objects = _list(store, uri)
-        wanted = {path: size for path, size in objects.items() if _selected(path, mode)}
+    folder = _model_folder(model_id)
+    with node_lock(folder, f"{deployment_name(model_id)}, {mode.name} of {uri}"):
+        source = open_source(uri)
+        files = source.list_files()
+        hash_object = files.pop(_REVISION_OBJECT, None)
+        wanted = [file for path, file in files.items() if _selected(path, mode)]
         if not wanted:
             raise DownloadError(
-                f"{uri} has {len(objects)} objects, none of which {mode.name} selects; check the "
+                f"{uri} has {len(files)} objects, none of which {mode.name} selects; check the "
                 "path and the download mode"
             )
-        revision = _DEFAULT_REVISION
-        if _REVISION_OBJECT in objects:
-            revision = _read(store, _REVISION_OBJECT, uri).decode("ascii", "replace").strip()
-            if not re.fullmatch(r"[\w-][\w.-]*", revision, re.ASCII):
-                raise DownloadError(
-                    f"the object 'hash' of {uri} holds {revision!r}, which cannot name a folder; "
-                    "store the revision there, or delete it"
-                )
+        records = _Records(folder / STATE_FOLDER, mode.name, uri)
+        revision = _revision(source, hash_object, records)
         snapshot = folder / "snapshots" / revision
-        _fetch_all(store, wanted, snapshot, uri)
-        # Written last and by rename: refs/main is what says that the snapshot can be read.
-        _make_folder(folder / "refs")
-        _replace(folder / "refs" / "main", [revision.encode()])
+        _complete(source, wanted, snapshot, revision, records)
+        # refs/main is what says to the engine that the snapshot can be read.
+        _write_if_changed(folder / "refs" / "main", revision)
+        records.finish(revision, hash_object)
     return snapshot
 
 
+def _model_folder(model_id: str) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE, f"models--{model_id.replace('/', '--')}")
+
+
+def _download_from_hub(model_id: str, mode: NodeModelDownloadable) -> str:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise DownloadError(
+            f"downloading {model_id!r} needs the package 'huggingface_hub'; install "
+            "'rayserve_hooks[download]' on every node"
+        ) from error
+    allowed = None
+    if mode is NodeModelDownloadable.TOKENIZER_ONLY:
+        allowed = [f"*{part}*" for part in _TOKENIZER_PARTS]
+    excluded = None
+    if mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS:
+        excluded = [f"*{_WEIGHTS_SUFFIX}"]
+    with node_lock(_model_folder(model_id), f"{mode.name} of the Hugging Face Hub"):
+        try:
+            return snapshot_download(model_id, allow_patterns=allowed, ignore_patterns=excluded)
+        except HfHubHTTPError as error:
+            detail = (error.server_message or type(error).__name__).rstrip(".")
+            raise DownloadError(
+                f"cannot fetch {model_id!r} from the Hugging Face Hub: {detail}; check the id, "
+                "HF_TOKEN and whether the token may read the model"
+            ) from error
+        except Exception as error:  # the hub raises its own and those of its HTTP client
+            raise DownloadError(
+                f"cannot fetch {model_id!r} from the Hugging Face Hub: {describe(error)}; check "
+                "the id, HF_ENDPOINT and the network"
+            ) from error
+
+
 def _selected(path: str, mode: NodeModelDownloadable) -> bool:
-    if path == _REVISION_OBJECT:
-        return False
     if mode is NodeModelDownloadable.TOKENIZER_ONLY:
         return any(part in path for part in _TOKENIZER_PARTS)
     if mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS:
-        return not path.endswith(".safetensors")
+        return not path.endswith(_WEIGHTS_SUFFIX)
     return True
 
 
-def _open(uri: str) -> ObjectStore:
-    try:
-        from obstore.store import from_url
-    except ImportError as error:
+def _revision(source: Source, hash_object: RemoteFile | None, records: _Records) -> str:
+    if hash_object is None:
+        return _DEFAULT_REVISION
+    revision = records.revision_of(hash_object)
+    if revision is None:
+        content = source.read(_REVISION_OBJECT)
+        revision = content.decode("ascii", "replace").strip()
+    if not re.fullmatch(r"[\w-][\w.-]*", revision, re.ASCII):
         raise DownloadError(
-            f"downloading {uri} needs the package 'obstore'; install 'rayserve_hooks[download]' "
-            "on every node"
-        ) from error
-    scheme, _, rest = uri.partition("://")
-    options: dict[str, Any] = {}
-    if rest.startswith("anonymous@"):
-        rest = rest.removeprefix("anonymous@")
-        options["skip_signature"] = True
-    if scheme == "s3":
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        if endpoint:
-            options["endpoint"] = endpoint
-            options["client_options"] = {"allow_http": endpoint.startswith("http://")}
-    try:
-        return from_url(f"{scheme}://{rest}", **options)
-    except Exception as error:  # obstore raises classes of its own per store
-        raise DownloadError(f"cannot open {uri}: {_message(error)}") from error
+            f"the object 'hash' of {source.uri} holds {revision!r}, which cannot name a folder; "
+            "store the revision there, or delete it"
+        )
+    return revision
 
 
-def _list(store: ObjectStore, uri: str) -> dict[str, int]:
-    """List the objects below a URI: path relative to it, and size in bytes."""
-    try:
-        found = {
-            meta["path"]: meta["size"]
-            for batch in store.list()
-            for meta in batch
-            if not meta["path"].endswith("/")
+@dataclass(frozen=True)
+class _Record:
+    """A file that was whole when this was written."""
+
+    revision: str
+    path: str
+    size: int
+    version: str
+    mtime_ns: int
+    checksum: str | None
+    verified: str
+
+
+class _Records:
+    """What is known of the files in a folder: the markers, and the log of unfinished downloads.
+
+    A marker says that a mode's download is complete, and is written last. The log gets a line
+    for each file before the file is published, so that a killed download loses none.
+    """
+
+    def __init__(self, folder: Path, mode: str, uri: str) -> None:
+        self.folder, self._mode, self._uri = folder, mode, uri
+        self._marker, self._log = folder / f"{mode}.json", folder / f"{mode}.jsonl"
+        self._known: dict[tuple[str, str], _Record] = {}
+        self._revisions: dict[str, str] = {}
+        self._current: dict[str, _Record] = {}
+        for path in sorted(folder.glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self._read_marker(json.loads(path.read_text()))
+        for path in folder.glob("*.jsonl"):
+            for line in path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    self._learn(json.loads(line))
+
+    def _read_marker(self, marker: dict[str, Any]) -> None:
+        if marker["uri"] == self._uri and marker["revision_version"]:
+            self._revisions[marker["revision_version"]] = marker["revision"]
+        for record in marker["files"]:
+            self._learn({"uri": marker["uri"], **record})
+
+    def _learn(self, fields: dict[str, Any]) -> None:
+        # Versions of two stores cannot be compared.
+        if fields.pop("uri") == self._uri:
+            record = _Record(**fields)
+            self._known[record.revision, record.path] = record
+
+    def revision_of(self, hash_object: RemoteFile) -> str | None:
+        """Give what the object ``hash`` holds, if this version of it has been read."""
+        return self._revisions.get(hash_object.version)
+
+    def same_version(self, revision: str, file: RemoteFile) -> _Record | None:
+        """Find the record of a file as the store has it now."""
+        record = self._known.get((revision, file.path))
+        if record is None or (record.size, record.version) != (file.size, file.version):
+            return None
+        return record
+
+    def of_other_revisions(self, revision: str, file: RemoteFile) -> list[_Record]:
+        found = (self.same_version(other, file) for other, _ in list(self._known))
+        return [record for record in found if record and record.revision != revision]
+
+    def keep(self, record: _Record) -> None:
+        """Count a file as whole without writing it down yet."""
+        self._current[record.path] = record
+
+    def add(self, revision: str, file: RemoteFile, content: Content, on_disk: Path) -> None:
+        """Write down that a file is whole; its time of change is how it is known again."""
+        mtime_ns = on_disk.stat().st_mtime_ns
+        record = _Record(
+            revision,
+            file.path,
+            file.size,
+            file.version,
+            mtime_ns,
+            content.checksum,
+            content.verified,
+        )
+        line = json.dumps({"uri": self._uri, **vars(record)})
+        with self._log.open("a") as log:
+            log.write(f"{line}\n")
+        self.keep(record)
+
+    def finish(self, revision: str, hash_object: RemoteFile | None) -> None:
+        """Write the marker: the download is complete."""
+        files = [vars(self._current[path]) for path in sorted(self._current)]
+        marker = {
+            "uri": self._uri,
+            "mode": self._mode,
+            "revision": revision,
+            "revision_version": hash_object.version if hash_object else None,
+            "verified": "size" if any(f["verified"] == "size" for f in files) else "checksum",
+            "files": files,
         }
-    except Exception as error:  # obstore raises classes of its own per store
-        raise DownloadError(
-            f"cannot list {uri}: {_message(error)}; check endpoint, region and credentials"
-        ) from error
-    if not found:
-        raise DownloadError(f"{uri} holds no object; check bucket and path")
-    return found
+        _write_if_changed(self._marker, json.dumps(marker, indent=1))
+        self._log.unlink(missing_ok=True)
 
 
-def _fetch_all(store: ObjectStore, sizes: dict[str, int], folder: Path, uri: str) -> None:
-    """Fetch the files that are not there with their full size already."""
-    missing = [
-        path
-        for path, size in sizes.items()
-        if not (folder / path).is_file() or (folder / path).stat().st_size != size
-    ]
-    logger.info("%s: %d files, %d to fetch into %s", uri, len(sizes), len(missing), folder)
-    with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
-        # list() waits for all, and raises the first failure.
-        list(pool.map(lambda path: _fetch(store, path, sizes[path], folder / path, uri), missing))
+def _complete(
+    source: Source, wanted: list[RemoteFile], folder: Path, revision: str, records: _Records
+) -> None:
+    """Make all wanted files be there, whole; fetch only those that are not."""
+    started = time.monotonic()
 
+    def not_whole(files: list[RemoteFile]) -> list[RemoteFile]:
+        return [file for file in files if not _is_whole(source, file, folder, revision, records)]
 
-def _fetch(store: ObjectStore, path: str, size: int, target: Path, uri: str) -> None:
-    _make_folder(target.parent)
     try:
-        written = _replace(target, store.get(path).stream(), size)
-    except DownloadError:
-        raise
+        records.folder.mkdir(parents=True, exist_ok=True)
+        # Slices: handing over one file costs more than to look at it.
+        slices = [wanted[first::_CHECK_THREADS] for first in range(_CHECK_THREADS)]
+        with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+            missing = list(itertools.chain.from_iterable(pool.map(not_whole, slices)))
     except OSError as error:
-        raise DownloadError(f"cannot write {target}: {describe(error)}") from error
-    except Exception as error:  # obstore raises classes of its own per store
-        raise DownloadError(f"cannot fetch {path!r} of {uri}: {_message(error)}") from error
-    logger.debug("%s: fetched %s, %d bytes", uri, path, written)
+        raise unwritable(error, folder) from error
+    logger.info("%s: %d files, %d to fetch into %s", source.uri, len(wanted), len(missing), folder)
+    if not missing:
+        return
+
+    def publish(file: RemoteFile, content: Content, partial: Path) -> None:
+        records.add(revision, file, content, partial)
+        partial.replace(folder / file.path)
+
+    fetched = fetch(source, missing, folder, records.folder / "partial", publish)
+    seconds = time.monotonic() - started
+    logger.info(
+        "%s: fetched %d files, %.2f GB, in %.1f s, %.2f GB/s; %.2f GB were there already",
+        source.uri,
+        len(missing),
+        fetched / 1e9,
+        seconds,
+        fetched / 1e9 / max(seconds, 1e-9),
+        (sum(file.size for file in wanted) - fetched) / 1e9,
+    )
 
 
-def _make_folder(folder: Path) -> None:
+def _is_whole(
+    source: Source, file: RemoteFile, folder: Path, revision: str, records: _Records
+) -> bool:
+    target = folder / file.path
+    record = records.same_version(revision, file)
+    if not target.is_file() or target.stat().st_size != file.size:
+        return _linked(file, folder, revision, records)
+    if record is not None and record.mtime_ns == target.stat().st_mtime_ns:
+        records.keep(record)
+        return True
+    if record is not None:
+        content = Content(record.checksum, record.verified)
+    else:
+        content = Content(store_checksum(source, file), "checksum")
+    if content.checksum is None:
+        return False
+    if checksum_of(target, content.checksum.partition(":")[0]) != content.checksum:
+        return False
+    records.add(revision, file, content, target)
+    return True
+
+
+def _linked(file: RemoteFile, folder: Path, revision: str, records: _Records) -> bool:
+    """Take over the same version of a file from the snapshot of another revision."""
+    for record in records.of_other_revisions(revision, file):
+        old = folder.parent / record.revision / file.path
+        target = folder / file.path
+        if not old.is_file() or old.stat().st_mtime_ns != record.mtime_ns:
+            continue
+        if old.stat().st_size != file.size or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # a file system without links: fetched instead
+            target.hardlink_to(old)
+            records.add(revision, file, Content(record.checksum, record.verified), target)
+            return True
+    return False
+
+
+def _write_if_changed(path: Path, text: str) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.read_text() == text:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_name(f".{path.name}.new")
+        written.write_text(text)
+        written.replace(path)
     except OSError as error:
-        raise DownloadError(f"cannot make the folder {folder}: {describe(error)}") from error
+        raise unwritable(error, path) from error
 
 
-def _read(store: ObjectStore, path: str, uri: str) -> bytes:
-    try:
-        return bytes(store.get(path).bytes())
-    except Exception as error:  # obstore raises classes of its own per store
-        raise DownloadError(f"cannot fetch {path!r} of {uri}: {_message(error)}") from error
-
-
-def _message(error: Exception) -> str:
-    """Keep the store's own message, without obstore's dump of its internals below it."""
-    return describe(error).partition("\n\nDebug source")[0]
-
-
-def _replace(target: Path, chunks: Iterable[Any], size: int | None = None) -> int:
-    """Write a file under a temporary name, check its size, then rename it into place."""
-    # Unique: extra files of two deployments may go to one place at the same moment.
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            written = file.tell()
-        if size is not None and written != size:
-            raise DownloadError(
-                f"{target.name!r} ended after {written} of {size} bytes; the store or the network "
-                "cut it off, try again"
-            )
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return written
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

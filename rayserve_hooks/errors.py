@@ -1,9 +1,12 @@
 """Every error this package raises on purpose, and how one crosses processes whole."""
 
+from __future__ import annotations
+
 import contextlib
 import pickle
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 class HooksError(Exception):
@@ -62,7 +65,10 @@ class DownloadError(HooksError, RuntimeError):
 
 
 class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a traceback
-    """Stands in for an original exception that cannot be pickled; keeps its type and text."""
+    """Stands in for an original exception; keeps its type's name and its text.
+
+    One that cannot be pickled, or that shows a secret, does not travel itself.
+    """
 
 
 class HookError(HooksError, RuntimeError):
@@ -77,19 +83,31 @@ class HookError(HooksError, RuntimeError):
         hook: Name of the hook, or None when the step is not a hook.
         node: The node the step ran on, as ``"<node id> (<address>)"``.
         phase: ``"before init"``, ``"placement"``, ``"before download"``, ``"download"``,
-            ``"engine arguments"`` or ``"after init"``.
+            ``"engine arguments"``, ``"after init"`` or ``"clean-up"``.
         detail: What went wrong.
+        cleanup_errors: What failed in ``on_init_failed`` afterwards.
     """
 
     def __init__(
-        self, *, callback: str | None, hook: str | None, node: str, phase: str, detail: str
+        self,
+        *,
+        callback: str | None,
+        hook: str | None,
+        node: str,
+        phase: str,
+        detail: str,
+        cleanup_errors: Sequence[HookError] = (),
     ) -> None:
+        self.cleanup_errors = list(cleanup_errors)
         self.callback = callback
         self.hook = hook
         self.node = node
         self.phase = phase
         self.detail = detail
-        super().__init__(self._text())
+        super().__init__(detail)
+
+    def __str__(self) -> str:
+        return "\nthe clean-up failed too: ".join([self._text(), *map(str, self.cleanup_errors)])
 
     def _text(self) -> str:
         where = f"on node {self.node} (phase: {self.phase})"
@@ -107,6 +125,7 @@ class HookError(HooksError, RuntimeError):
             "node": self.node,
             "phase": self.phase,
             "detail": self.detail,
+            "cleanup_errors": self.cleanup_errors,
         }
         return _rebuild_hook_error, (fields, _portable(self.__cause__))
 
@@ -130,7 +149,7 @@ def _portable(error: BaseException | None) -> tuple[bytes, str] | None:
 
 
 def _rebuild_hook_error(
-    fields: dict[str, str], portable_cause: tuple[bytes, str] | None
+    fields: dict[str, Any], portable_cause: tuple[bytes, str] | None
 ) -> HookError:
     error = HookError(**fields)
     if portable_cause is not None:

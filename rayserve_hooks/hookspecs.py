@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Protocol
@@ -102,12 +103,50 @@ class RayServeLLMCallback(Protocol):
         Since: 0.1
         """
 
+    @hookspec
+    def on_init_failed(self, ctx: CallbackCtx, error: BaseException) -> Awaitable[None] | None:
+        """Clean up after an initialization that failed.
+
+        When: after the first failure, a time limit or a cancellation; on a node whose work was
+        still going on, after that was stopped.
+        Where: on each node that had started, once, and then in the replica's process, once.
+        In each, the callbacks that had started, in reverse list order. One that has no other
+        hook counts as started.
+        Not for: an engine that fails later, or a config that was refused.
+
+        Parameters:
+            ctx: The context as the failure left it. On another node that had ended already, or
+                whose process died, a copy of what it had at its start or sent back.
+            error: What ended the initialization: a ``HookError``, or the ``CancelledError``,
+                ``KeyboardInterrupt`` or ``SystemExit`` that did. On a node that was stopped
+                because of another's failure, a ``HookError`` that says so.
+
+        Returns:
+            ``None``: all callbacks run. Anything else is an error.
+
+        Failure: logged, and added to the ``cleanup_errors`` of the ``HookError`` that ends the
+        initialization; the next callback runs.
+
+        Since: 0.1
+        """
+
 
 HOOKS = tuple(name for name in vars(RayServeLLMCallback) if name.startswith("on_"))
 """The hooks' names, in the order in which an initialization calls them."""
+
+HOOK_PARAMETERS = {
+    name: tuple(inspect.signature(vars(RayServeLLMCallback)[name]).parameters)[1:] for name in HOOKS
+}
+"""By hook, what it is called with; an implementation may leave out all but ``ctx``."""
+
+FIRST_RESULT = ("on_before_init", "on_before_download")
+"""Of these the first result that is not None ends the chain."""
+
+CLEAN_UP = "on_init_failed"
 
 PHASES = {
     "on_before_init": "before init",
     "on_before_download": "before download",
     "on_after_init": "after init",
+    "on_init_failed": "clean-up",
 }

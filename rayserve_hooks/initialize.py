@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import copy
+import itertools
 import logging
 import os
 import time
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayserve_hooks import _ray, aio
+from rayserve_hooks.cluster import NodeTask
 from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, NodeResult
 from rayserve_hooks.errors import HookError, describe
-from rayserve_hooks.manager import PluginManager, get_plugin_manager, stack_of
+from rayserve_hooks.hookspecs import PHASES
+from rayserve_hooks.manager import get_plugin_manager, stack_of
+from rayserve_hooks.masking import redact
 from rayserve_hooks.node import (
     ModelSource,
     NodeReply,
+    clean_up,
     initialize_this_node,
     request_for,
-    run_node_task,
+    time_limit,
     unpack,
+    with_background,
 )
-from rayserve_hooks.trace import LOGGER_NAME
+from rayserve_hooks.trace import LOGGER_NAME, TraceEntry
 
 if TYPE_CHECKING:
-    import ray
     from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
 
 logger = logging.getLogger(LOGGER_NAME)
 
-_PLACEMENT_LOG_S = 10.0
+T = TypeVar("T")
+
+_LOG_EVERY_S = 5.0
 
 
 async def initialize_node(
@@ -58,36 +65,213 @@ async def initialize_node(
         HookError: A callback or a node failed. Tasks on other nodes are cancelled, and a
             placement group created here is removed.
     """
-    started = time.perf_counter()
-    manager = get_plugin_manager(stack_of(config))
-    ctx = _new_context(config, placement_group or _ray.current_placement_group())
-    environment = _Environment(ctx)
-    created: PlacementGroup | None = None
-    try:
-        handled = await aio.run_in_thread(manager.hook.on_before_init, ctx=ctx)
-        environment.export(ctx)
-        group, created = await _ensure_placement_group(ctx)
-        if handled is None:
-            await _initialize_nodes(manager, ctx, group)
+    initialization = _Initialization(config, placement_group)
+    return await initialization.run()
+
+
+class _Initialization:
+    """One initialization, and how far it has come."""
+
+    def __init__(self, config: LLMConfig, placement_group: PlacementGroup | None) -> None:
+        stack = stack_of(config)
+        self.manager = get_plugin_manager(stack)
+        self.limits = stack.time_limits
+        self.deployment = stack.deployment
+        self.ctx = _new_context(config, placement_group or _ray.current_placement_group())
+        self.environment = _Environment(self.ctx)
+        self.phase = "before init"
+        self.tasks: list[NodeTask] = []
+        self.created: PlacementGroup | None = None
+        self.started = time.perf_counter()
+
+    async def run(self) -> CallbackCtx:
+        log = asyncio.create_task(self._log_still_running())
+        try:
+            async with time_limit("total", self.limits.total, self.ctx, "total"):
+                handled = await self._run_hooks()
+        except BaseException as raised:  # whatever ends the initialization, it is cleaned up
+            error = self._as_hook_error(raised)
+            await self._fail(error)
+            if error is raised:
+                raise
+            raise error from raised
+        finally:
+            log.cancel()
+        self._log_summary(handled)
+        return self.ctx
+
+    async def _run_hooks(self) -> Handled | None:
+        ctx = self.ctx
+        handled = await with_background(self.manager, ctx, self._make_nodes_ready())
+        here = ctx._nodes.get(ctx.node.id)
+        if here is not None:  # only now no background task adds to it any more
+            ctx._nodes[ctx.node.id] = replace(here, custom_data=dict(ctx.custom_data))
+        self.phase = "engine arguments"
         _set_model_path(ctx, handled)
         _set_engine_kwargs(ctx)
-        await aio.run_in_thread(manager.hook.on_after_init, ctx=ctx)
+        self.phase = "after init"
+        await with_background(self.manager, ctx, self._call("on_after_init"))
+        self.phase = "engine arguments"
         _set_engine_kwargs(ctx)
-        environment.export(ctx)
-    except BaseException:  # whatever ends the initialization, what it created goes
-        if created is not None:
-            _remove(created)
-        raise
-    logger.info(
-        "initialized %s in %.2f s: %d node(s), callbacks %s%s",
-        manager.stack.deployment,
-        time.perf_counter() - started,
-        len(ctx.nodes),
-        ", ".join(entry.name for entry in manager.stack.entries) or "none",
-        f", handled by a callback: {handled.reason or 'no reason given'}" if handled else "",
+        self.environment.export(ctx)
+        return handled
+
+    async def _call(self, hook: str) -> Any:
+        limit = getattr(self.limits, hook)
+        async with time_limit(hook, limit, self.ctx, PHASES[hook]):
+            return await aio.run_in_thread(getattr(self.manager.hook, hook), ctx=self.ctx)
+
+    async def _make_nodes_ready(self) -> Handled | None:
+        before = self.ctx.placement_group
+        handled: Handled | None = await self._call("on_before_init")
+        self.environment.export(self.ctx)
+        self.phase = "placement"
+        _warn_of_reserved(self.ctx, before)
+        group, self.created = await _ensure_placement_group(self.ctx)
+        if handled is None:
+            await self._initialize_nodes(group)
+        return handled
+
+    async def _initialize_nodes(self, group: PlacementGroup) -> None:
+        """Initialize every node at once: this one in a thread, the others as Ray tasks."""
+        ctx = self.ctx
+        nodes = await aio.run_in_thread(_ray.nodes_of, group)
+        if ctx.node not in nodes and _ray.in_replica():
+            # The engine's core runs in the replica's process and reads the model's config and
+            # tokenizer there, also when a callback has placed the workers elsewhere.
+            nodes.insert(0, ctx.node)
+        source = ModelSource(*_ray.model_source(ctx.llm_config))
+        others = [node for node in nodes if not node.is_local]
+        self.phase = "before download"
+        if others:
+            from ray import cloudpickle
+
+            config = cloudpickle.dumps(ctx.llm_config)
+            for node in others:
+                request = request_for(node, ctx, self.manager.stack, source, config)
+                self.tasks.append(NodeTask(request, ctx.runtime_env))
+        waits: list[Awaitable[NodeReply | NodeResult]] = [task.wait() for task in self.tasks]
+        if len(others) < len(nodes):
+            here = initialize_this_node(self.manager, ctx, source, self._set_phase)
+            waits.append(here)
+        outcomes = await _all(waits)
+        results = {}
+        for outcome in outcomes:
+            result = _merge(ctx, outcome) if isinstance(outcome, NodeReply) else outcome
+            results[result.node.id] = result
+        ctx._nodes.update({node.id: results[node.id] for node in nodes})
+
+    def _set_phase(self, phase: str) -> None:
+        self.phase = phase
+
+    def _as_hook_error(self, raised: BaseException) -> BaseException:
+        """Give every ordinary failure the same form; leave exits and cancellations alone."""
+        if isinstance(raised, HookError) and raised.phase == "total":
+            waiting = "; ".join(self._running()) or "no node"
+            return HookError(
+                callback=raised.callback,
+                hook=raised.hook,
+                node=raised.node,
+                phase=self.phase,
+                detail=f"{raised.detail}; still running: {waiting}",
+            )
+        if isinstance(raised, HookError) or not isinstance(raised, Exception):
+            return raised
+        return HookError(
+            callback=None,
+            hook=None,
+            node=str(self.ctx.node),
+            phase=self.phase,
+            detail=redact(describe(raised), self.ctx._values),
+        )
+
+    async def _fail(self, error: BaseException) -> None:
+        """Stop what is running, let the callbacks clean up, and remove what was created."""
+        self.phase = "clean-up"
+        try:
+            await asyncio.gather(*(task.stop() for task in self.tasks))
+            failures = await asyncio.gather(*(task.clean_up(error) for task in self.tasks))
+            here = await clean_up(self.manager, self.ctx, error)
+            if isinstance(error, HookError):
+                error.cleanup_errors.extend([*itertools.chain(*failures), *here])
+        finally:
+            if self.created is not None:
+                _remove(self.created)
+        logger.error(
+            "initialization of %s failed after %.2f s; what ran until then:\n%s",
+            self.deployment,
+            self._seconds(),
+            self.ctx.trace.table(),
+        )
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    async def _log_still_running(self) -> None:
+        while True:
+            await asyncio.sleep(_LOG_EVERY_S)
+            logger.info(
+                "initialization of %s after %.0f s: %s",
+                self.deployment,
+                self._seconds(),
+                "; ".join(self._running()),
+            )
+
+    def _running(self) -> list[str]:
+        """Say for each node that is not ready what runs there."""
+        texts = []
+        for task in self.tasks:
+            if not task.ended:
+                status = task.status
+                phase = status.phase if status else "waiting for a worker process"
+                texts.append(_doing(phase, task.node, status.running if status else None))
+        running = self.ctx._running
+        if running is not None or not texts:
+            texts.append(_doing(self.phase, self.ctx.node, running))
+        return texts
+
+    def _log_summary(self, handled: Handled | None) -> None:
+        logger.info(
+            "initialized %s in %.2f s: %d node(s), callbacks %s%s",
+            self.deployment,
+            self._seconds(),
+            len(self.ctx.nodes),
+            ", ".join(entry.name for entry in self.manager.stack.entries) or "none",
+            f", handled by a callback: {handled.reason or 'no reason given'}" if handled else "",
+        )
+        logger.debug("%r", self.ctx.trace)
+
+
+def _doing(phase: str, node: NodeInfo, running: TraceEntry | None) -> str:
+    if running is None:
+        return f"{phase} on node {node}"
+    seconds = time.time() - running.start
+    return f"{phase} on node {node}, callback {running.callback!r} for {seconds:.0f} s"
+
+
+async def _all(awaitables: list[Awaitable[T]]) -> list[T]:
+    """Await all at once; at the first failure cancel the others."""
+    futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return await asyncio.gather(*futures)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _warn_of_reserved(ctx: CallbackCtx, before: PlacementGroup | None) -> None:
+    """Say what a callback that replaces the group of a replica leaves behind."""
+    reserved = _ray.current_placement_group()
+    if reserved is None or before is None or ctx.placement_group is before:
+        return
+    setter = ctx.trace.who_changed("placement_group")
+    logger.warning(
+        "callback %r replaced the placement group that Ray Serve made for this replica; that one, "
+        "bundles %s, stays reserved as long as the replica lives; to have only one, set "
+        "placement_group_config of the LLMConfig instead",
+        setter.callback if setter else None,
+        before.bundle_specs,
     )
-    logger.debug("%r", ctx.trace)
-    return ctx
 
 
 def _new_context(config: LLMConfig, group: PlacementGroup | None) -> CallbackCtx:
@@ -142,16 +326,18 @@ async def _ensure_placement_group(
         created = group if _ray.current_placement_group() is None else None
         ctx._adopt(placement_group=group)
     try:
-        while not await aio.run_in_thread(group.wait, _PLACEMENT_LOG_S):
+        while not await aio.run_in_thread(group.wait, _LOG_EVERY_S):
             logger.info(
                 "waiting for placement group %s, bundles %s; 'ray status' shows what is free",
                 group.id.hex(),
                 group.bundle_specs,
             )
-    except BaseException:  # the caller does not know of it yet
-        if created is not None:
+    except BaseException as error:
+        if created is not None:  # the caller does not know of it yet
             _remove(created)
-        raise
+        if not isinstance(error, Exception):
+            raise
+        raise _blame(ctx, "placement_group", "placement", error) from error
     return group, created
 
 
@@ -162,88 +348,13 @@ def _remove(group: PlacementGroup) -> None:
     logger.info("removed placement group %s, which this initialization had made", group.id.hex())
 
 
-async def _initialize_nodes(
-    manager: PluginManager, ctx: CallbackCtx, group: PlacementGroup
-) -> None:
-    """Initialize every node at once: this one in a thread, the others as Ray tasks."""
-    nodes = await aio.run_in_thread(_ray.nodes_of, group)
-    if ctx.node not in nodes and _ray.in_replica():
-        # The engine's core runs in the replica's process and reads the model's config and
-        # tokenizer there, also when a callback has placed the workers elsewhere.
-        nodes.insert(0, ctx.node)
-    source = ModelSource(*_ray.model_source(ctx.llm_config))
-    refs = _start_tasks(manager, ctx, source, [node for node in nodes if not node.is_local])
-    waits: list[Awaitable[NodeReply | NodeResult]] = [
-        _wait_for(node, refs[node.id])
-        if node.id in refs
-        else aio.run_in_thread(initialize_this_node, manager, ctx, source)
-        for node in nodes
-    ]
-    try:
-        outcomes = await asyncio.gather(*waits)
-    except BaseException:  # a failure or a cancellation: nobody will wait for the others
-        for ref in refs.values():
-            _cancel(ref)
-        raise
-    results = [_merge(ctx, o) if isinstance(o, NodeReply) else o for o in outcomes]
-    object.__setattr__(ctx, "_nodes", {result.node.id: result for result in results})
-
-
-def _start_tasks(
-    manager: PluginManager, ctx: CallbackCtx, source: ModelSource, nodes: list[NodeInfo]
-) -> dict[str, ray.ObjectRef[NodeReply]]:
-    """Start one Ray task on each node, pinned to it, with the deployment's runtime_env."""
-    if not nodes:
-        return {}
-    import ray
-    from ray import cloudpickle
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    config = cloudpickle.dumps(ctx.llm_config)
-    task = ray.remote(run_node_task)
-    return {
-        node.id: task.options(
-            name=f"rayserve_hooks:{manager.stack.deployment}:{node.address}",
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node.id, soft=False),
-            runtime_env=copy.deepcopy(ctx.runtime_env),
-        ).remote(request_for(node, ctx, manager.stack, source, config))
-        for node in nodes
-    }
-
-
-async def _wait_for(node: NodeInfo, ref: ray.ObjectRef[NodeReply]) -> NodeReply:
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        return await ref
-    except RayTaskError as error:
-        if isinstance(error.cause, HookError):
-            raise error.cause from error.cause.__cause__
-        raise _node_failed(node, error) from error
-    except RayError as error:
-        raise _node_failed(node, error) from error
-
-
-def _node_failed(node: NodeInfo, error: Exception) -> HookError:
-    return HookError(
-        callback=None, hook=None, node=str(node), phase="before download", detail=describe(error)
-    )
-
-
-def _cancel(ref: ray.ObjectRef[NodeReply]) -> None:
-    import ray
-
-    ray.cancel(ref, force=True)
-
-
 def _merge(ctx: CallbackCtx, reply: NodeReply) -> NodeResult:
     """Take over what another node's callbacks did: trace, engine arguments, custom_data."""
     ctx.trace.extend(reply.trace)
     node = reply.result.node
     merged = dict(ctx.extra_init_kwargs)
     for entry in reply.trace:
-        for path in entry.changes:
+        for path in entry.changed:
             field, _, name = path.partition(".")
             name = name.partition(".")[0]
             if field in ("runtime_env", "placement_group"):

@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from rayserve_hooks import _ray
+from rayserve_hooks import _ray, instances
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe
-from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback
+from rayserve_hooks.hookspecs import HOOK_PARAMETERS, HOOKS, RayServeLLMCallback
+from rayserve_hooks.masking import redact
 
 ENTRY_POINT_GROUP = "rayserve_hooks"
 ON_ERROR = ("raise", "warn")
-_KEYS = ("callback", "kwargs", "name", "on_error")
+_KEYS = ("callback", "kwargs", "name", "on_error", "only_on_cluster")
 
 
 class CallbackEntry:
@@ -37,6 +38,8 @@ class CallbackEntry:
         name: The callback's name in order, trace and errors; by default the class's, module's or
             entry point's.
         on_error: ``"raise"`` or ``"warn"``; None means what the deployment's config says.
+        only_on_cluster: Whether the callback can be imported on the cluster only, for example
+            from a ``runtime_env`` package; what is wrong with it is then found there.
 
     Attributes:
         key: Equal for two entries that ask for the same plugin, in any process.
@@ -51,12 +54,14 @@ class CallbackEntry:
         kwargs: Mapping[str, Any] | None = None,
         name: str | None = None,
         on_error: str | None = None,
+        only_on_cluster: bool = False,
     ) -> None:
         if isinstance(target, ModuleType):
             target = target.__name__
         self.kwargs = dict(kwargs or {})
         self.name = name or _default_name(target)
         self.on_error = on_error
+        self.only_on_cluster = only_on_cluster
         self.target = target if isinstance(target, str | type) else None
         self._instance = None if isinstance(target, str | type) else target
         self._instance_bytes: bytes | None = None
@@ -72,6 +77,15 @@ class CallbackEntry:
             return _identity(self._instance)
         # By identity, not by name: a notebook defines the same class anew with other code.
         return self.target if isinstance(self.target, str) else _identity(self.target)
+
+    def check(self) -> None:
+        """Build the plugin where the config is made, to see that it can be.
+
+        Raises:
+            CallbackConfigError: It cannot be imported or built, or is not a callback.
+        """
+        if not self.only_on_cluster:
+            self.create()
 
     def create(self) -> object:
         """Build the plugin, or import the module that is one.
@@ -113,13 +127,12 @@ class CallbackEntry:
 
         try:
             if self._instance is not None and self._instance_bytes is None:
-                self._instance_bytes = cloudpickle.dumps(self._instance)
+                self._instance_bytes = instances.dumps(self._instance)
             cloudpickle.dumps((self.target, self.kwargs))
         except Exception as error:  # every class can refuse in its own way
             raise CallbackConfigError(
                 f"callback {self.name!r} cannot be sent to another process: {describe(error)}; "
-                "name the class with kwargs instead of an instance, and open locks, files and "
-                "clients in its hooks"
+                "name the class with kwargs instead of an instance, and open clients in its hooks"
             ) from error
 
     def _load_instance(self) -> object:
@@ -127,7 +140,13 @@ class CallbackEntry:
             from ray import cloudpickle
 
             assert self._instance_bytes is not None
-            self._instance = cloudpickle.loads(self._instance_bytes)
+            try:
+                self._instance = cloudpickle.loads(self._instance_bytes)
+            except Exception as error:  # importing its class runs other people's code
+                raise CallbackConfigError(
+                    f"callback {self.name!r}: the instance cannot be built again in this "
+                    f"process: {describe(error)}; name the class with kwargs instead"
+                ) from error
         return self._instance
 
     def _construct(self, cls: type) -> object:
@@ -136,10 +155,11 @@ class CallbackEntry:
         try:
             return cls(**self.kwargs)
         except Exception as error:  # a constructor may refuse with any exception
+            reason = redact(describe(error), self.kwargs)
             raise CallbackConfigError(
                 f"callback {self.name!r}: {cls.__module__}.{cls.__qualname__}"
-                f"{_signature(cls)} refused kwargs {sorted(self.kwargs)}: {describe(error)}"
-            ) from error
+                f"{_signature(cls)} refused kwargs {sorted(self.kwargs)}: {reason}"
+            ) from (error if reason == describe(error) else None)
 
     def _adapt(self, cls: type) -> object:
         """Wrap a class written for Ray's own slot."""
@@ -188,7 +208,7 @@ def parse_callbacks(value: object, where: str = "callbacks") -> tuple[CallbackEn
         value: One callback or a list of them. Each is ``"pkg.module:Class"``,
             ``"pkg.module.Class"``, ``"pkg.module"``, a short name of the entry-point group
             ``rayserve_hooks``, a class, an instance, a module, or a mapping with ``callback``
-            and, optional, ``kwargs``, ``name`` and ``on_error``.
+            and, optional, ``kwargs``, ``name``, ``on_error`` and ``only_on_cluster``.
         where: The config field, for messages.
 
     Raises:
@@ -211,7 +231,7 @@ def parse_callbacks(value: object, where: str = "callbacks") -> tuple[CallbackEn
     if problems:
         for entry in entries:
             with problems.collected():
-                entry.create()
+                entry.check()
     problems.raise_all()
     return tuple(entries)
 
@@ -252,7 +272,13 @@ def _parse(item: object, where: str) -> CallbackEntry:
         raise CallbackConfigError(
             f"{where}: on_error is {on_error!r}; use one of {', '.join(ON_ERROR)}"
         )
-    return CallbackEntry(item["callback"], kwargs, name, on_error)
+    elsewhere = item.get("only_on_cluster", False)
+    if not isinstance(elsewhere, bool) or (elsewhere and not isinstance(item["callback"], str)):
+        raise CallbackConfigError(
+            f"{where}: only_on_cluster is {elsewhere!r} for callback {item['callback']!r}; write "
+            "true, and name the callback by a string"
+        )
+    return CallbackEntry(item["callback"], kwargs, name, on_error, elsewhere)
 
 
 def _is_no_callback(value: object) -> bool:
@@ -367,22 +393,29 @@ def _signature_problems(plugin: object, name: str, spec: Mapping[str, Any]) -> l
     if not inspect.isfunction(function):
         kind = type(function).__name__
         return [f"{name!r} is named after a hook, but is a {kind}; define a method of that name"]
+    hook = spec.get("specname") or name
+    known = HOOK_PARAMETERS[hook]
+    arguments = ", ".join([*(["self"] if inspect.ismethod(method) else []), *known])
+    wanted = f"write 'def {name}({arguments})'"
     parameters = inspect.signature(method).parameters
-    wanted = f"write 'def {name}({'self, ' if inspect.ismethod(method) else ''}ctx)'"
     problems = []
     if "ctx" not in parameters:
         problems.append(f"{name}() has no parameter 'ctx'; {wanted}")
-    elif parameters["ctx"].default is not inspect.Parameter.empty:
-        # pluggy leaves a parameter with a default at its default.
-        problems.append(f"{name}() gives 'ctx' a default and would never get it; {wanted}")
-    elif parameters["ctx"].kind not in (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.POSITIONAL_ONLY,
-    ):
-        problems.append(f"{name}() takes 'ctx' by keyword only, which pluggy cannot; {wanted}")
-    extra = [p for p in parameters if p != "ctx"]
-    if extra:
-        problems.append(f"{name}() has unknown parameter {extra[0]!r}; {wanted}")
+    for parameter in parameters.values():
+        if parameter.name not in known:
+            problems.append(f"{name}() has unknown parameter {parameter.name!r}; {wanted}")
+        elif parameter.default is not inspect.Parameter.empty:
+            # pluggy leaves a parameter with a default at its default.
+            problems.append(
+                f"{name}() gives {parameter.name!r} a default and would never get it; {wanted}"
+            )
+        elif parameter.kind not in (
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.POSITIONAL_ONLY,
+        ):
+            problems.append(
+                f"{name}() takes {parameter.name!r} by keyword only, which pluggy cannot; {wanted}"
+            )
     if spec.get("hookwrapper"):
         problems.append(f"{name}() is an old-style hookwrapper; use wrapper=True")
     if spec.get("wrapper") and not inspect.isgeneratorfunction(method):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, Generator, Iterable
+import traceback
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,9 +17,18 @@ import pluggy
 
 from rayserve_hooks import _pluggy, _ray, aio
 from rayserve_hooks.context import CallbackCtx, Handled
-from rayserve_hooks.errors import CallbackConfigError, HookError, Problems, describe
-from rayserve_hooks.hookspecs import HOOKS, PHASES, PROJECT, RayServeLLMCallback
+from rayserve_hooks.errors import CallbackConfigError, HookError, Problems, RemoteCause, describe
+from rayserve_hooks.hookspecs import (
+    CLEAN_UP,
+    FIRST_RESULT,
+    HOOKS,
+    PHASES,
+    PROJECT,
+    RayServeLLMCallback,
+)
+from rayserve_hooks.limits import TimeLimits
 from rayserve_hooks.loading import CallbackEntry, is_protocol_stub, parse_callbacks
+from rayserve_hooks.masking import redact
 from rayserve_hooks.trace import LOGGER_NAME
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -45,15 +56,18 @@ class CallbackStack:
         deployment: Name of the deployment, so that two with the same list share nothing.
         entries: The callbacks, in list order.
         on_error: What an entry that does not say does when it fails.
+        time_limits: How long the steps of an initialization may take.
     """
 
     deployment: str
     entries: tuple[CallbackEntry, ...]
     on_error: str = "raise"
+    time_limits: TimeLimits = dataclasses.field(default_factory=TimeLimits)
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.deployment, self.on_error, *(entry.key for entry in self.entries))
+        entries = (entry.key for entry in self.entries)
+        return (self.deployment, self.on_error, self.time_limits, *entries)
 
 
 class PluginManager(pluggy.PluginManager):
@@ -74,6 +88,7 @@ class PluginManager(pluggy.PluginManager):
         self._warns = {
             entry.name for entry in stack.entries if (entry.on_error or stack.on_error) == "warn"
         }
+        self._kwargs = {entry.name: entry.kwargs for entry in stack.entries}
         # Built in list order, registered from the last: pluggy runs the last registered first.
         problems = Problems()
         plugins: list[tuple[str, object]] = []
@@ -84,7 +99,9 @@ class PluginManager(pluggy.PluginManager):
         for name, plugin in reversed(plugins):
             self.register(plugin, name)
         for hook in HOOKS:
-            _pluggy.reverse_trylast(getattr(self.hook, hook))
+            # Cleaning up goes the other way.
+            groups = ("tryfirst", "") if hook == CLEAN_UP else ("trylast",)
+            _pluggy.reverse_groups(getattr(self.hook, hook), *groups)
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         """Take a method named after a hook as that hook, decorated or not."""
@@ -146,6 +163,33 @@ class PluginManager(pluggy.PluginManager):
             for hook in HOOKS
         }
 
+    def warns(self, callback: str) -> bool:
+        """Tell whether a callback's failure is only logged."""
+        return callback in self._warns
+
+    def clean_up(
+        self, ctx: CallbackCtx, error: BaseException, started: Iterable[str]
+    ) -> list[HookError]:
+        """Call ``on_init_failed`` of the callbacks that had started in this process.
+
+        Args:
+            ctx: The context.
+            error: What ended the initialization.
+            started: Names of the callbacks of which a hook was called. One that has no other
+                hook counts as started.
+
+        Returns:
+            What failed in it.
+        """
+        others = [order for hook, order in self.run_order().items() if hook != CLEAN_UP]
+        idle = set().union(*others) - set(started)
+        plugins = [plugin for name, plugin in self.list_name_plugin() if name in idle]
+        failures = list(self.subset_hook_caller(CLEAN_UP, plugins)(ctx=ctx, error=error))
+        for failure in failures:
+            if failure.__cause__ is error:  # raised again; it will hold the failure, not both ways
+                failure.__cause__ = None
+        return failures
+
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "a rayserve_hooks PluginManager cannot be pickled: callbacks are built once in each "
@@ -154,8 +198,15 @@ class PluginManager(pluggy.PluginManager):
 
     def _instrument(self, impl: pluggy.HookImpl, hook: str) -> None:
         wrap = _wrapper_call if impl.wrapper else _call
-        warns = impl.plugin_name in self._warns
-        _pluggy.replace_function(impl, wrap(impl.function, impl.plugin_name, hook, warns))
+        call = _Call(
+            impl.function,
+            impl.plugin_name,
+            hook,
+            impl.argnames.index("ctx"),
+            self.warns(impl.plugin_name),
+            self._kwargs.get(impl.plugin_name, {}),
+        )
+        _pluggy.replace_function(impl, wrap(call))
 
 
 class _StandIn:
@@ -178,45 +229,66 @@ def _seen_through(plugin: Any) -> Any:
     return plugin.stands_for if isinstance(plugin, _StandIn) else plugin
 
 
-def _call(
-    function: Callable[..., Any], callback: str, hook: str, warns: bool
-) -> Callable[[CallbackCtx], Handled | None]:
+@dataclass(frozen=True)
+class _Call:
+    """What is known of an impl's calls.
+
+    Args:
+        function: The callback's own.
+        callback: The callback's name.
+        hook: The hook's name.
+        ctx_index: Which of its arguments is the context.
+        warns: Whether a failure is only logged.
+        kwargs: The callback's constructor arguments; their secrets are kept out of errors.
+    """
+
+    function: Callable[..., Any]
+    callback: str
+    hook: str
+    ctx_index: int
+    warns: bool
+    kwargs: Mapping[str, Any]
+
+
+def _call(this: _Call) -> Callable[..., Any]:
     """Make the function pluggy calls in place of a callback's own."""
+    function, callback, hook, ctx_index = this.function, this.callback, this.hook, this.ctx_index
 
     @functools.wraps(function)
-    def call(ctx: CallbackCtx) -> Handled | None:
+    def call(*args: Any) -> Any:
+        aio.check_given_up()
+        ctx: CallbackCtx = args[ctx_index]
         entry, outer = ctx._begin(callback, hook)
         outcome = "interrupted"  # stands when what is raised is no Exception
         try:
-            returned = function(ctx)
+            returned = function(*args)
             result = None if returned is None else _checked(returned, hook)
             outcome = "returned" if result is None else "handled"
             return result
         except Exception as error:
-            outcome = "warned" if warns else "failed"
-            _fail(error, ctx, callback, hook, warns)
-            return None
+            outcome = "warned" if this.warns else "failed"
+            return _fail(error, ctx, this)
         finally:
             ctx._end(entry, outer, outcome)
 
     return call
 
 
-def _wrapper_call(
-    function: Callable[..., Any], callback: str, hook: str, warns: bool
-) -> Callable[[CallbackCtx], Generator[None, Any, Any]]:
+def _wrapper_call(this: _Call) -> Callable[..., Generator[None, Any, Any]]:
     """Make the generator function pluggy calls in place of a wrapper's own."""
 
-    @functools.wraps(function)
-    def call(ctx: CallbackCtx) -> Generator[None, Any, Any]:
-        entry, outer = ctx._begin(callback, hook)
+    @functools.wraps(this.function)
+    def call(*args: Any) -> Generator[None, Any, Any]:
+        aio.check_given_up()
+        ctx: CallbackCtx = args[this.ctx_index]
+        entry, outer = ctx._begin(this.callback, this.hook)
         outcome = "interrupted"
         inner: Any = None
         inner_error: BaseException | None = None
         yielded = False
         try:
             try:
-                generator = function(ctx)
+                generator = this.function(*args)
                 _start(generator)
                 ctx._note_changes(entry)  # what follows is the inner callbacks' doing
                 yielded = True
@@ -225,22 +297,23 @@ def _wrapper_call(
                 except BaseException as error:  # the wrapper decides what becomes of it
                     inner_error = error
                 result = _resume(generator, inner, inner_error)
-                if hook != "on_after_init" and result is not None:
-                    result = _checked(result, hook)
+                if this.hook in FIRST_RESULT and result is not None:
+                    result = _checked(result, this.hook)
                 outcome = "returned"
-                return result
+                # Of a clean-up, what failed inside is the result, whatever a wrapper returns.
+                return (inner or []) if this.hook == CLEAN_UP else result
             except Exception as error:
                 if error is inner_error:
                     outcome = "returned"
                     raise
-                outcome = "warned" if warns else "failed"
-                _fail(error, ctx, callback, hook, warns)
-            # A failure with on_error: warn: go on as if the wrapper were not there.
+                outcome = "warned" if this.warns else "failed"
+                failure = _fail(error, ctx, this)
+            # A failure that is not raised: go on as if the wrapper were not there.
             if not yielded:
-                return (yield)
+                inner = yield
             if inner_error is not None:
                 raise inner_error
-            return inner
+            return inner if failure is None else [*inner, failure]
         finally:
             ctx._end(entry, outer, outcome)
 
@@ -272,9 +345,9 @@ def _checked(result: object, hook: str) -> Handled | None:
     """Await a coroutine; turn what a hook may return into a `Handled` or None."""
     if inspect.isawaitable(result):
         result = aio.run_coroutine(_awaited(result))
-    if result is None or (isinstance(result, Handled) and hook != "on_after_init"):
+    if result is None or (isinstance(result, Handled) and hook in FIRST_RESULT):
         return result
-    if hook == "on_after_init":
+    if hook not in FIRST_RESULT:
         raise TypeError(f"returned {_shown(result)}; {hook} has no result, return None")
     if hook == "on_before_download" and isinstance(result, str | os.PathLike):
         return Handled(model_path=result)
@@ -292,20 +365,71 @@ def _shown(result: object) -> str:
     return repr(result) if isinstance(result, bool) else f"a {type(result).__name__}"
 
 
-def _fail(error: Exception, ctx: CallbackCtx, callback: str, hook: str, warns: bool) -> None:
-    """Raise the error as a `HookError`, or log it where the config says ``on_error: warn``."""
-    if isinstance(error, HookError) and not warns:
+def _fail(error: Exception, ctx: CallbackCtx, this: _Call) -> HookError | None:
+    """Raise the error as a `HookError`, or log it where the config says ``on_error: warn``.
+
+    Returns:
+        None, so that the next callback runs; or, of a clean-up, the error: it is logged, and a
+        list of such results is what the hook call gives.
+    """
+    cleaning_up = this.hook == CLEAN_UP
+    if isinstance(error, HookError) and not this.warns and not cleaning_up:
         raise error  # of a hook called by this callback; it names who failed already
+    failure = hook_error(error, ctx, this.callback, this.hook, kwargs=this.kwargs)
+    if this.warns:
+        log_warned(failure)
+        return None
+    if cleaning_up:
+        logger.error("%s", failure, exc_info=failure.__cause__)
+        return failure
+    raise failure from failure.__cause__
+
+
+def log_warned(failure: HookError) -> None:
+    """Log a failure with its traceback where the config says ``on_error: warn``."""
+    logger.warning("%s (on_error: warn, going on)", failure, exc_info=failure.__cause__)
+
+
+def hook_error(
+    error: BaseException,
+    ctx: CallbackCtx,
+    callback: str,
+    hook: str,
+    what: str = "",
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+) -> HookError:
+    """Make the `HookError` of what a callback raised, which becomes its cause.
+
+    Args:
+        error: What was raised.
+        ctx: The context; its secrets are kept out of the text and the cause.
+        callback: The callback's name.
+        hook: The hook's name.
+        what: What of the callback, when it is not the hook's own call.
+        kwargs: The callback's constructor arguments; their secrets are kept out, too.
+    """
+    values = {"ctx": ctx._values, "kwargs": kwargs or {}}
     failure = HookError(
         callback=callback,
         hook=hook,
         node=str(ctx.node),
         phase=PHASES[hook],
-        detail=describe(error),
+        detail=what + redact(describe(error), values),
     )
-    if not warns:
-        raise failure from error
-    logger.warning("%s (on_error: warn, going on)", failure, exc_info=error)
+    failure.__cause__ = _without_secrets(error, values)
+    return failure
+
+
+def _without_secrets(error: BaseException, values: Mapping[str, Any]) -> BaseException:
+    """Give the error, or a stand-in if its text, or that of one it came from, shows a secret."""
+    texts = "".join(traceback.format_exception(error, limit=0))
+    if redact(texts, values) == texts:
+        return error
+    formatted = redact("".join(traceback.format_exception(error)), values)
+    stand_in = RemoteCause(redact(describe(error), values))
+    stand_in.add_note(f"traceback, without secrets:\n{formatted}")
+    return stand_in
 
 
 _managers: dict[object, PluginManager] = {}
@@ -344,28 +468,51 @@ def stack_of(config: Any) -> CallbackStack:
         CallbackConfigError: The list is malformed.
     """
     settings = config.callback_config
-    if _ray.runs_hooks(settings):
-        entries = _listed(settings.callback_kwargs)
-    else:
-        entries = (CallbackEntry(settings.callback_class, settings.callback_kwargs),)
-    return CallbackStack(
-        deployment=_ray.deployment_name(config.model_id),
-        entries=enabled(entries),
+    stack = parse_stack(
+        _ray.deployment_name(config.model_id),
+        settings.callback_class,
+        settings.callback_kwargs,
         on_error="raise" if settings.raise_error_on_callback else "warn",
     )
+    if _ray.runs_hooks(settings.callback_class):
+        # Kept in the config: later calls, and the processes it is sent to, see the same entries.
+        settings.callback_kwargs["callbacks"] = list(stack.entries)
+    return dataclasses.replace(stack, entries=enabled(stack.entries))
 
 
-def _listed(kwargs: dict[str, Any]) -> tuple[CallbackEntry, ...]:
-    unknown = sorted(set(kwargs) - {"callbacks"})
-    if unknown:
-        raise CallbackConfigError(
-            f"callback_kwargs has unknown key {unknown[0]!r}; HooksCallback takes 'callbacks', a "
-            "list"
-        )
-    entries = parse_callbacks(kwargs.get("callbacks", ()), "callbacks")
-    # Kept in the config: later calls, and the processes it is sent to, see the same entries.
-    kwargs["callbacks"] = list(entries)
-    return entries
+def parse_stack(
+    deployment: str, callback_class: str | type, kwargs: Mapping[str, Any], on_error: str = "raise"
+) -> CallbackStack:
+    """Read a ``callback_config``.
+
+    Args:
+        deployment: The deployment's name.
+        callback_class: What the config names: `HooksCallback`, or a callback of Ray's own kind,
+            which is then a list of one.
+        kwargs: Its ``callback_kwargs``.
+        on_error: What an entry that does not say does when it fails.
+
+    Raises:
+        CallbackConfigError: The list or a limit is malformed.
+    """
+    if not _ray.runs_hooks(callback_class):
+        return CallbackStack(deployment, (CallbackEntry(callback_class, kwargs),), on_error)
+    problems = Problems()
+    for unknown in sorted(set(kwargs) - {"callbacks", "time_limits"}):
+        with problems.collected():
+            raise CallbackConfigError(
+                f"callback_kwargs has unknown key {unknown!r}; HooksCallback takes 'callbacks', a "
+                "list, and 'time_limits', a mapping"
+            )
+    stack = CallbackStack(deployment, (), on_error)
+    with problems.collected():
+        entries = parse_callbacks(kwargs.get("callbacks", ()), "callbacks")
+        stack = dataclasses.replace(stack, entries=entries)
+    with problems.collected():
+        limits = TimeLimits.parse(kwargs.get("time_limits", {}))
+        stack = dataclasses.replace(stack, time_limits=limits)
+    problems.raise_all()
+    return stack
 
 
 def enabled(entries: tuple[CallbackEntry, ...]) -> tuple[CallbackEntry, ...]:

@@ -6,16 +6,40 @@ A task's worker process imports this module, so nothing here may import torch, v
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
+import os
+import queue
+import threading
 import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeModelDownloadable, NodeResult
+from rayserve_hooks import _ray, aio
+from rayserve_hooks.context import (
+    BackgroundTask,
+    CallbackCtx,
+    NodeInfo,
+    NodeModelDownloadable,
+    NodeResult,
+)
 from rayserve_hooks.download import Mirror, download_node
 from rayserve_hooks.errors import HookError, describe
-from rayserve_hooks.manager import CallbackStack, PluginManager, get_plugin_manager
+from rayserve_hooks.manager import (
+    CallbackStack,
+    PluginManager,
+    get_plugin_manager,
+    hook_error,
+    log_warned,
+)
 from rayserve_hooks.trace import TraceEntry
+
+T = TypeVar("T")
+
+_POLL_S = 0.5
 
 Setters = dict[str, tuple[str, str]]
 """By key of ``custom_data``: the callback and hook that set it."""
@@ -43,8 +67,24 @@ class NodeRequest:
     source: ModelSource
     config: bytes
     fields: dict[str, Any]
+    assigned: frozenset[str]
     custom_data: dict[str, bytes]
     custom_data_setters: Setters
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """What a node's task is doing; sent while it works.
+
+    Attributes:
+        phase: ``"before download"`` or ``"download"``.
+        running: The call of a callback that has just started, if any.
+        started: The callbacks called so far.
+    """
+
+    phase: str
+    running: TraceEntry | None
+    started: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,58 +97,267 @@ class NodeReply:
     trace: list[TraceEntry]
 
 
-def initialize_this_node(
-    manager: PluginManager, ctx: CallbackCtx, source: ModelSource
+async def initialize_this_node(
+    manager: PluginManager,
+    ctx: CallbackCtx,
+    source: ModelSource,
+    on_phase: Callable[[str], None],
 ) -> NodeResult:
     """Run the per-node hook and, unless it brings the model, the default download.
 
+    Args:
+        manager: The callbacks.
+        ctx: The context of this node.
+        source: Where the model is.
+        on_phase: Told of each phase as it begins.
+
+    Returns:
+        The result, still without ``custom_data``: a background task may be filling it.
+
     Raises:
-        HookError: A callback or the download failed.
+        HookError: A callback or the download failed, or took longer than its time limit.
     """
+    limits = manager.stack.time_limits
+    on_phase("before download")
     started = time.perf_counter()
-    handled = manager.hook.on_before_download(ctx=ctx)
+    async with time_limit("on_before_download", limits.on_before_download, ctx, "before download"):
+        handled = await aio.run_in_thread(manager.hook.on_before_download, ctx=ctx)
     hook_s = time.perf_counter() - started
     if handled is not None:
         path = None if handled.model_path is None else str(handled.model_path)
-        return NodeResult(ctx.node, path, dict(ctx.custom_data), handled, hook_s, 0.0)
+        return NodeResult(ctx.node, path, {}, handled, hook_s, 0.0)
+    on_phase("download")
     started = time.perf_counter()
+    field = _download_field(ctx.node)
     try:
-        path = download_node(source.model_id, source.mirror, download_mode_here(ctx))
+        async with time_limit("download", limits.download, ctx, "download"):
+            path = await aio.run_in_thread(
+                download_node,
+                source.model_id,
+                source.mirror,
+                getattr(ctx, field),
+                from_hub=field in ctx._assigned,
+            )
+    except HookError:
+        raise
     except Exception as error:
         raise HookError(
             callback=None, hook=None, node=str(ctx.node), phase="download", detail=describe(error)
         ) from error
-    download_s = time.perf_counter() - started
-    return NodeResult(ctx.node, path, dict(ctx.custom_data), None, hook_s, download_s)
+    return NodeResult(ctx.node, path, {}, None, hook_s, time.perf_counter() - started)
+
+
+def _download_field(node: NodeInfo) -> str:
+    return "local_node_download_model" if node.is_local else "worker_node_download_model"
 
 
 def download_mode_here(ctx: CallbackCtx) -> NodeModelDownloadable:
     """Pick the download mode that counts on the context's node."""
-    if ctx.node.is_local:
-        return ctx.local_node_download_model
-    return ctx.worker_node_download_model
+    return getattr(ctx, _download_field(ctx.node))  # type: ignore[no-any-return]
 
 
-def run_node_task(request: NodeRequest) -> NodeReply:
-    """Initialize the node of this Ray task; the counterpart of `request_for`."""
+@contextlib.asynccontextmanager
+async def time_limit(
+    name: str, seconds: float | None, ctx: CallbackCtx, phase: str
+) -> AsyncIterator[None]:
+    """Give up the block, and what it runs in a thread, after ``seconds``.
+
+    Args:
+        name: The limit's name in ``time_limits``.
+        seconds: None means no limit.
+        ctx: The context; names the callback that is running.
+        phase: The step, for the error.
+
+    Raises:
+        HookError: It took longer; names the callback that was running.
+    """
+    try:
+        async with asyncio.timeout(seconds) as deadline:
+            yield
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        running = ctx._running
+        if running is not None:
+            running.finish("timed out")
+        raise HookError(
+            callback=running.callback if running else None,
+            hook=running.hook if running else None,
+            node=str(ctx.node),
+            phase=phase,
+            detail=f"not done after {seconds:g} s, the time limit {name!r}; see what it waits "
+            "for, or raise the limit in time_limits",
+        ) from error
+
+
+async def with_background(
+    manager: PluginManager, ctx: CallbackCtx, work: Coroutine[Any, Any, T]
+) -> T:
+    """Await ``work`` and everything that callbacks start beside it with `run_in_background`.
+
+    Raises:
+        HookError: A background task failed; ``work`` is cancelled then.
+    """
+    main = asyncio.ensure_future(work)
+    tasks: dict[asyncio.Future[Any], BackgroundTask] = {}
+    try:
+        while True:
+            while ctx._background:
+                task = ctx._background.pop(0)
+                tasks[asyncio.wrap_future(task.call.future)] = task
+            waiting = [future for future in (main, *tasks) if not future.done()]
+            if not waiting:
+                return main.result()
+            # A task that starts in the meantime tells nobody, so look again soon.
+            done, _ = await asyncio.wait(
+                waiting, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if main in done:
+                main.result()
+            for future in done - {main}:
+                _settle(manager, ctx, tasks[future], future)
+    finally:
+        for future in (main, *tasks):
+            future.cancel()
+        for task in tasks.values():
+            task.call.give_up()
+        await asyncio.wait([main])
+        if not main.cancelled():
+            main.exception()  # or Python complains that nobody asked, where another error won
+
+
+def _settle(
+    manager: PluginManager, ctx: CallbackCtx, task: BackgroundTask, future: asyncio.Future[Any]
+) -> None:
+    error = future.exception()
+    if error is None:
+        return
+    if not isinstance(error, Exception):
+        raise error
+    entry = task.entry
+    what = f"its background task {entry.background!r} raised "
+    failure = hook_error(error, ctx, entry.callback, entry.hook, what)
+    if not manager.warns(entry.callback):
+        raise failure
+    entry.outcome = "warned"
+    log_warned(failure)
+
+
+async def clean_up(
+    manager: PluginManager, ctx: CallbackCtx, error: BaseException, started: Iterable[str] = ()
+) -> list[HookError]:
+    """Run ``on_init_failed`` in this process.
+
+    Args:
+        manager: The callbacks.
+        ctx: The context.
+        error: What ended the initialization.
+        started: Callbacks that had started in another process of this node.
+
+    Returns:
+        What failed in it, a time limit included.
+    """
+    here = (ctx.node.id, os.getpid())
+    started = {*started, *(e.callback for e in ctx.trace if (e.node_id, e.pid) == here)}
+    try:
+        limit = manager.stack.time_limits.on_init_failed
+        async with time_limit("on_init_failed", limit, ctx, "clean-up"):
+            return await aio.run_in_thread(manager.clean_up, ctx, error, started)
+    except HookError as failure:
+        return [failure]
+
+
+def run_node_task(request: NodeRequest) -> Iterator[NodeStatus | NodeReply]:
+    """Initialize the node of this Ray task; the counterpart of `request_for`.
+
+    A streaming generator: what it yields reaches the replica while it works, so that the replica
+    can say where it is, also after this process was killed. This thread only yields, and wakes
+    often, because the ``KeyboardInterrupt`` of ``ray.cancel`` comes in no other way.
+
+    Yields:
+        What it does, and last the reply.
+
+    Raises:
+        HookError: A callback or the download failed; ``on_init_failed`` has run.
+    """
+    statuses: queue.Queue[tuple[NodeStatus, threading.Event]] = queue.Queue()
+    phase = "before download"
+
+    def report(running: TraceEntry | None) -> threading.Event:
+        sent = threading.Event()
+        started = tuple(dict.fromkeys(entry.callback for entry in ctx.trace))
+        statuses.put((NodeStatus(phase, running, started), sent))
+        return sent
+
+    def on_call(entry: TraceEntry) -> None:
+        # Held up until the replica knows: this may be the last it hears.
+        report(entry).wait(_POLL_S)
+
+    def on_phase(name: str) -> None:
+        nonlocal phase
+        phase = name
+        report(None)
+
+    ctx = _context_of(request, on_call)
+    manager = get_plugin_manager(request.stack)
+    work = _start(
+        with_background(manager, ctx, initialize_this_node(manager, ctx, request.source, on_phase))
+    )
+    try:
+        while not (work.done() and statuses.empty()):
+            with contextlib.suppress(queue.Empty):
+                status, sent = statuses.get(timeout=_POLL_S if not work.done() else 0)
+                yield status
+                sent.set()
+        # custom_data goes back key by key, so that one that cannot travel is an error naming it.
+        custom_data = pack_custom_data(ctx, request.custom_data_setters)
+        reply = NodeReply(work.result(), custom_data, ctx.extra_init_kwargs, list(ctx.trace))
+    except BaseException as error:
+        work.cancel()
+        if not isinstance(error, Exception):
+            error = HookError(
+                callback=None,
+                hook=None,
+                node=str(ctx.node),
+                phase=phase,
+                detail="stopped, because the initialization has failed elsewhere or was cancelled",
+            )
+        failures = _start(clean_up(manager, ctx, error)).result()
+        if isinstance(error, HookError):
+            error.cleanup_errors.extend(failures)
+        raise
+    yield reply
+
+
+def run_clean_up_task(
+    request: NodeRequest, error: BaseException, started: tuple[str, ...]
+) -> list[HookError]:
+    """Run ``on_init_failed`` on a node whose own task has ended."""
+    ctx = _context_of(request)
+    manager = get_plugin_manager(request.stack)
+    return _start(clean_up(manager, ctx, error, started)).result()
+
+
+def _start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    return asyncio.run_coroutine_threadsafe(coroutine, aio.process_loop())
+
+
+def _context_of(
+    request: NodeRequest, on_call: Callable[[TraceEntry], None] | None = None
+) -> CallbackCtx:
     from ray import cloudpickle
 
     ctx = CallbackCtx(
         llm_config=functools.partial(cloudpickle.loads, request.config),
         node=request.node,
         role="node",
-        custom_data={key: cloudpickle.loads(data) for key, data in request.custom_data.items()},
+        attempt=_ray.task_attempt(),
+        on_call=on_call,
+        custom_data=load_custom_data(request.custom_data),
         **request.fields,
     )
-    result = initialize_this_node(get_plugin_manager(request.stack), ctx, request.source)
-    # custom_data goes back key by key, so that one that cannot travel is an error naming it.
-    bare = replace(result, custom_data={})
-    return NodeReply(
-        bare,
-        pack_custom_data(ctx, request.custom_data_setters),
-        ctx.extra_init_kwargs,
-        list(ctx.trace),
-    )
+    ctx._assigned.update(request.assigned)
+    return ctx
 
 
 def request_for(
@@ -126,15 +375,27 @@ def request_for(
         "runtime_env": ctx.runtime_env,
         "extra_init_kwargs": ctx.extra_init_kwargs,
     }
-    return NodeRequest(stack, node, source, config, fields, pack_custom_data(ctx), _setters(ctx))
+    return NodeRequest(
+        stack,
+        node,
+        source,
+        config,
+        fields,
+        frozenset(ctx._assigned),
+        pack_custom_data(ctx),
+        _setters(ctx),
+    )
 
 
 def unpack(reply: NodeReply) -> NodeResult:
     """Give a node's result with its ``custom_data`` loaded."""
+    return replace(reply.result, custom_data=load_custom_data(reply.custom_data))
+
+
+def load_custom_data(packed: dict[str, bytes]) -> dict[str, Any]:
     from ray import cloudpickle
 
-    custom_data = {key: cloudpickle.loads(data) for key, data in reply.custom_data.items()}
-    return replace(reply.result, custom_data=custom_data)
+    return {key: cloudpickle.loads(data) for key, data in packed.items()}
 
 
 def pack_custom_data(ctx: CallbackCtx, set_earlier: Setters | None = None) -> dict[str, bytes]:

@@ -7,15 +7,36 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
-if TYPE_CHECKING:
-    from rayserve_hooks.context import NodeInfo
+from rayserve_hooks.masking import is_secret, shown
 
 # A child of Ray Serve's logger: in a replica only that one is set up to write INFO lines, to the
 # replica's own log file and to its output (ray.serve._private.logging_utils, Ray 2.60).
 LOGGER_NAME = "ray.serve.rayserve_hooks"
 logger = logging.getLogger(LOGGER_NAME)
+
+
+ABSENT = "<absent>"
+"""What a `Change` shows in place of a key that is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a call changed. Secrets are masked, so that a trace can be logged as it is.
+
+    Attributes:
+        path: The field, as ``"field"``, or the key of a dict field, as ``"field.key.key"``.
+        before: The value before the call, formatted; `ABSENT` for a new key.
+        after: The value after it, formatted; `ABSENT` for a deleted key.
+    """
+
+    path: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.before} -> {self.after}"
 
 
 @dataclass(slots=True)
@@ -32,9 +53,12 @@ class TraceEntry:
         start: When it started, in seconds since the epoch.
         duration_s: How long it took; None while it runs.
         outcome: ``"running"``, ``"returned"``, ``"handled"``, ``"failed"``, ``"warned"`` (failed
-            with ``on_error: warn``) or ``"interrupted"`` (ended by a ``KeyboardInterrupt``,
-            ``SystemExit`` or cancellation).
-        changes: The fields it changed, as ``"field"`` or ``"field.key"``. Never their values.
+            with ``on_error: warn``), ``"timed out"`` or ``"interrupted"`` (ended by a
+            ``KeyboardInterrupt``, ``SystemExit`` or cancellation).
+        changes: What it changed, from what to what.
+        background: Name of the function it had given to ``ctx.run_in_background``, if the call
+            is that one; empty for the hook's own call.
+        attempt: 1, or more where Ray had to start the node's task again.
     """
 
     callback: str
@@ -45,12 +69,25 @@ class TraceEntry:
     start: float = field(default_factory=time.time)
     duration_s: float | None = None
     outcome: str = "running"
-    changes: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
+    background: str = ""
+    attempt: int = 1
     _started: float = field(default_factory=time.perf_counter, repr=False, compare=False)
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The paths of `changes`."""
+        return tuple(change.path for change in self.changes)
+
+    @property
+    def running_s(self) -> float:
+        """Seconds since it started; only where it runs."""
+        return time.perf_counter() - self._started
+
     def finish(self, outcome: str) -> None:
-        self.duration_s = time.perf_counter() - self._started
-        self.outcome = outcome
+        if self.duration_s is None:  # a call that was given up on may still end
+            self.duration_s = self.running_s
+            self.outcome = outcome
 
 
 class Trace(Sequence[TraceEntry]):
@@ -75,10 +112,8 @@ class Trace(Sequence[TraceEntry]):
     def __repr__(self) -> str:
         return f"<Trace of {len(self)} calls>\n{self.table()}"
 
-    def start(self, callback: str, hook: str, role: str, node: NodeInfo) -> TraceEntry:
-        entry = TraceEntry(callback, hook, role, node.id)
+    def add(self, entry: TraceEntry) -> None:
         self._entries.append(entry)
-        return entry
 
     def extend(self, entries: Sequence[TraceEntry]) -> None:
         self._entries.extend(entries)
@@ -86,7 +121,7 @@ class Trace(Sequence[TraceEntry]):
     def who_changed(self, path: str) -> TraceEntry | None:
         """Find the last call that changed ``path``, such as ``"custom_data.key"``, or in it."""
         for entry in reversed(self._entries):
-            if any(change == path or change.startswith(f"{path}.") for change in entry.changes):
+            if any(changed == path or changed.startswith(f"{path}.") for changed in entry.changed):
                 return entry
         return None
 
@@ -106,13 +141,15 @@ class Trace(Sequence[TraceEntry]):
             [
                 (
                     entry.hook,
-                    entry.callback,
+                    f"{entry.callback}/{entry.background}" if entry.background else entry.callback,
                     entry.role,
                     str(entry.pid),
                     entry.node_id[:8],
                     "" if entry.duration_s is None else f"{entry.duration_s * 1000:.1f}",
-                    entry.outcome,
-                    ", ".join(entry.changes),
+                    f"{entry.outcome}, attempt {entry.attempt}"
+                    if entry.attempt > 1
+                    else entry.outcome,
+                    ", ".join(map(str, entry.changes)),
                 )
                 for entry in self._entries
             ],
@@ -138,10 +175,21 @@ def snapshot(value: Any) -> Any:
     return value
 
 
-def changed_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, ...]:
-    """List where two snapshots differ, as dotted paths through dicts, in ``after``'s order."""
-    paths: list[str] = []
+def changes_between(
+    before: Mapping[str, Any], after: Mapping[str, Any], path: str = "", secret: bool = False
+) -> tuple[Change, ...]:
+    """List where two snapshots differ, through dicts, in ``after``'s order.
+
+    Args:
+        before: The earlier snapshot.
+        after: The later one.
+        path: Where in the context they are.
+        secret: Whether all their values are.
+    """
+    changes: list[Change] = []
     for key in [*after, *(key for key in before if key not in after)]:
+        here = f"{path}.{key}" if path else str(key)
+        hidden = secret or is_secret(key)
         old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
         # A dict that comes or goes whole counts as its keys, so that paths can be compared.
         if old is _ABSENT and isinstance(new, dict) and new:
@@ -149,13 +197,17 @@ def changed_paths(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[
         if new is _ABSENT and isinstance(old, dict) and old:
             new = {}
         if isinstance(old, dict) and isinstance(new, dict):
-            paths.extend(f"{key}.{path}" for path in changed_paths(old, new))
+            changes.extend(changes_between(old, new, here, hidden))
         elif not _same(old, new):
-            paths.append(str(key))
-    return tuple(paths)
+            changes.append(Change(here, _formatted(old, hidden), _formatted(new, hidden)))
+    return tuple(changes)
 
 
 _ABSENT = object()
+
+
+def _formatted(value: Any, secret: bool) -> str:
+    return ABSENT if value is _ABSENT else shown(value, secret)
 
 
 def _same(old: Any, new: Any) -> bool:

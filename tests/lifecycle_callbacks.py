@@ -4,6 +4,8 @@ import asyncio
 import os
 import sys
 import threading
+import time
+from collections.abc import Generator
 from typing import Any
 
 from rayserve_hooks import CallbackCtx, Handled, hookimpl
@@ -151,3 +153,36 @@ class Block:
 class TakeOver:
     def on_before_init(self, ctx: CallbackCtx) -> Handled:
         return Handled(model_path="/models/taken-over", reason="it is baked into the image")
+
+
+class BlockFor:
+    """Block the thread of a synchronous hook."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        time.sleep(self.seconds)
+
+
+class Wraps:
+    """Surround the other callbacks."""
+
+    @hookimpl(wrapper=True)
+    def on_before_init(self, ctx: CallbackCtx) -> Generator[None, Any, Any]:
+        return (yield)
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def on_after_init(self, ctx: CallbackCtx) -> Generator[None, Any, Any]:
+        return (yield)
+
+
+class BringModel:
+    """Say on each node that the model is there, so that later callbacks do not run."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    async def on_before_download(self, ctx: CallbackCtx) -> str:
+        await asyncio.sleep(0)
+        return self.path

@@ -13,7 +13,8 @@ from unittest import mock
 import pytest
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
-from rayserve_hooks.hookspecs import hookimpl
+from rayserve_hooks.hookspecs import HOOK_PARAMETERS, hookimpl
+from rayserve_hooks.limits import TimeLimits
 from rayserve_hooks.loading import parse_callbacks
 from rayserve_hooks.manager import CallbackStack, PluginManager
 from rayserve_hooks.trace import LOGGER_NAME
@@ -25,8 +26,17 @@ def make_ctx(**fields: Any) -> CallbackCtx:
     return CallbackCtx(llm_config=llm_config, node=node, **fields)
 
 
-def make_manager(*callbacks: object, on_error: str = "raise") -> PluginManager:
-    return PluginManager(CallbackStack("app", parse_callbacks(list(callbacks)), on_error))
+def hook_arguments(hook: str, ctx: CallbackCtx | None = None) -> dict[str, Any]:
+    """Give what a hook is called with."""
+    arguments = {"ctx": ctx or make_ctx(), "error": ValueError("the first failure")}
+    return {name: arguments[name] for name in HOOK_PARAMETERS[hook]}
+
+
+def make_manager(
+    *callbacks: object, on_error: str = "raise", time_limits: TimeLimits | None = None
+) -> PluginManager:
+    entries = parse_callbacks(list(callbacks))
+    return PluginManager(CallbackStack("app", entries, on_error, time_limits or TimeLimits()))
 
 
 @contextlib.contextmanager

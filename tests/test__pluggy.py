@@ -61,7 +61,7 @@ def test_hookimpls_is_the_very_list_that_is_called_from_its_end() -> None:
 
 def test_pluggy_still_runs_trylast_in_registration_order_and_others_from_the_last() -> None:
     order = run(manager_of(Plain("a"), Plain("b"), Last("y"), Last("z")))
-    assert order == ["b", "a", "y", "z"], "pluggy changed its order; see reverse_trylast"
+    assert order == ["b", "a", "y", "z"], "pluggy changed its order; see reverse_groups"
 
 
 def test_a_replaced_function_is_the_one_called() -> None:
@@ -86,21 +86,21 @@ def test_a_replaced_function_keeps_the_arguments_of_the_original() -> None:
     assert seen == [[]]
 
 
-def test_reverse_trylast_reverses_that_group_alone() -> None:
+def test_reverse_groups_reverses_that_group_alone() -> None:
     manager = manager_of(Plain("a"), Last("x"), Plain("b"), Last("y"), Last("z"))
-    _pluggy.reverse_trylast(manager.hook.step)
+    _pluggy.reverse_groups(manager.hook.step, "trylast")
     assert run(manager) == ["b", "a", "z", "y", "x"]
 
 
-def test_reverse_trylast_keeps_wrappers_outside() -> None:
+def test_reverse_groups_keeps_wrappers_outside() -> None:
     manager = manager_of(LastWrapper("v"), Last("x"), LastWrapper("w"), Last("y"), Plain("a"))
-    _pluggy.reverse_trylast(manager.hook.step)
+    _pluggy.reverse_groups(manager.hook.step, "trylast")
     assert run(manager) == ["w", "v", "a", "y", "x"]
 
 
-def test_reverse_trylast_of_none_changes_nothing() -> None:
+def test_reverse_groups_of_none_changes_nothing() -> None:
     manager = manager_of(Plain("a"), Plain("b"))
-    _pluggy.reverse_trylast(manager.hook.step)
+    _pluggy.reverse_groups(manager.hook.step, "trylast")
     assert run(manager) == ["b", "a"]
 
 

@@ -91,7 +91,9 @@ def test_problems_of_all_deployments_are_printed(
     assert main(["order", path]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("rayserve-hooks: 2 problems:\n- callback 'no_such.X': no module")
+    assert captured.err.startswith(
+        "rayserve-hooks: 2 problems:\n- app/m0: callback 'no_such.X': no module"
+    )
     assert "- app/m2: callbacks[0] has unknown key 'callbak'; did you mean" in captured.err
 
 

@@ -106,8 +106,8 @@ def test_an_instance_that_cannot_travel() -> None:
     callback.on_before_init(None)
     with pytest.raises(
         ValidationError,
-        match=r"callback 'Callback' cannot be sent to another process: TypeError: cannot pickle "
-        "'generator' object; name the class with kwargs instead of an instance",
+        match="callback 'Callback' cannot be sent to another process: TypeError: its attribute "
+        "'stream', a generator, cannot: cannot pickle 'generator' object; name the class with kwargs instead of an instance",
     ):
         make(model_id="m", callback=callback)
 

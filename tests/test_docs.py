@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from rayserve_hooks import HookError
+from rayserve_hooks.cli import main
 from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +62,12 @@ def test_the_failure_in_the_readme_is_what_a_failure_says() -> None:
         detail="RuntimeError: no such bucket",
     )
     assert (ROOT / "examples" / "failure.txt").read_text().strip() == str(error)
+
+
+def test_the_yaml_of_the_callbacks_page_is_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "examples" / "prepare_node.yaml"
+    assert main(["order", str(config), "--app-dir", str(ROOT / "examples")]) == 0
+    assert "prepare_node.py" in capsys.readouterr().out
 
 
 def test_the_yaml_example_is_a_serve_config_with_callbacks_that_exist() -> None:

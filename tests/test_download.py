@@ -1,14 +1,24 @@
+from __future__ import annotations
+
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
-from plugins_for_tests import hook_log
+import s3
+from plugins_for_tests import hook_log, run_script
 
+from rayserve_hooks import stores
 from rayserve_hooks.context import NodeModelDownloadable
-from rayserve_hooks.download import Mirror, _replace, download_node
+from rayserve_hooks.download import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
+from rayserve_hooks.stores import open_source
 
 MODEL = "org/tiny"
 FILES = {
@@ -38,12 +48,17 @@ def files_in(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): path.read_text()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and ".rayserve_hooks" not in path.parts
     }
 
 
 def partial_files(folder: Path) -> list[Path]:
     return list(folder.rglob("*.partial"))
+
+
+@pytest.fixture(autouse=True)
+def _own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSERVE_HOOKS_LOCK_DIR", str(tmp_path / "locks"))
 
 
 @pytest.fixture
@@ -128,12 +143,23 @@ def test_a_second_call_fetches_nothing(
     cache: Path, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = download(source)
+    before = {name: (folder / name).stat().st_mtime_ns for name in FILES}
+    with hook_log(caplog):
+        assert download(source) == folder
+    assert {name: (folder / name).stat().st_mtime_ns for name in FILES} == before
+    assert f"{len(FILES)} files, 0 to fetch" in caplog.text
+
+
+def test_a_file_whose_time_has_changed_is_read_and_kept(
+    cache: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = download(source)
     for name in FILES:
         os.utime(folder / name, (1, 1))
     with hook_log(caplog):
-        assert download(source) == folder
-    assert {(folder / name).stat().st_mtime for name in FILES} == {1}
+        download(source)
     assert f"{len(FILES)} files, 0 to fetch" in caplog.text
+    assert {(folder / name).stat().st_mtime for name in FILES} == {1}
 
 
 def test_a_wider_mode_fetches_the_rest(
@@ -146,8 +172,8 @@ def test_a_wider_mode_fetches_the_rest(
     assert f"{len(FILES)} files, 2 to fetch" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["", "weigh", "weights 1 and more"])
-def test_a_file_of_another_size_is_fetched_again(damage: str, cache: Path, source: Path) -> None:
+@pytest.mark.parametrize("damage", ["", "weigh", "weights 1 and more", "Weights 1"])
+def test_a_damaged_file_is_fetched_again(damage: str, cache: Path, source: Path) -> None:
     folder = download(source)
     (folder / "model-1.safetensors").write_text(damage)
     assert files_in(download(source)) == FILES
@@ -175,7 +201,9 @@ def block(model_folder: Path, name: str, revision: str = DEFAULT_REVISION) -> No
 
 def test_a_failure_leaves_no_refs_and_no_partial_files(model_folder: Path, source: Path) -> None:
     block(model_folder, "model-1.safetensors")
-    with pytest.raises(DownloadError, match=r"^cannot write .*model-1\.safetensors: IsADirectory"):
+    with pytest.raises(
+        DownloadError, match=r"^cannot write .*model-1\.safetensors': a folder of that"
+    ):
         download(source)
     assert not (model_folder / "refs" / "main").exists()
     assert partial_files(model_folder) == []
@@ -299,33 +327,367 @@ def test_a_failing_extra_file_keeps_the_model_from_being_marked_as_complete(
 def test_a_destination_that_cannot_be_made(tmp_path: Path) -> None:
     extra = write(tmp_path / "extra", {"a.txt": "a"})
     (tmp_path / "file").touch()
-    with pytest.raises(DownloadError, match=r"^cannot make the folder .*file: FileExistsError: "):
+    with pytest.raises(DownloadError, match=r"^cannot write '.*/file/.*': NotADirectoryError: "):
         download_node(MODEL, Mirror(None, ((extra.as_uri(), str(tmp_path / "file")),)), ALL)
 
 
-def test_a_file_that_ends_early_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    text = "'model.bin' ended after 2 of 3 bytes; the store or the network cut it off, try again"
+def test_extra_files_of_two_sources_may_share_a_folder(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", {"a.txt": "a"})
+    two = write(tmp_path / "two", {"b.txt": "b", ".rayserve_hooks/x": "uploaded by mistake"})
+    target = write(tmp_path / "target", {"mine.txt": "mine"})
+    pairs = tuple((source.as_uri(), str(target)) for source in (one, two))
+    for _ in range(2):
+        download_node(MODEL, Mirror(None, pairs), ALL)
+    assert files_in(target) == {"a.txt": "a", "b.txt": "b", "mine.txt": "mine"}
+
+
+def test_a_change_of_the_source_is_seen(cache: Path, source: Path) -> None:
+    download(source)
+    write(source, {"config.json": "[]"})
+    assert files_in(download(source)) == {**FILES, "config.json": "[]"}
+
+
+def test_a_file_that_the_store_does_not_list_is_left_alone(cache: Path, source: Path) -> None:
+    folder = write(download(source), {"mine.txt": "mine"})
+    (source / "vocab.txt").unlink()
+    assert files_in(download(source)) == {**FILES, "mine.txt": "mine"}
+    assert folder.is_dir()
+
+
+def test_the_marker_of_one_mode_serves_the_others(
+    cache: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    download(source)
+    with hook_log(caplog):
+        download(source, NodeModelDownloadable.TOKENIZER_ONLY)
+    assert "6 files, 0 to fetch" in caplog.text
+
+
+def test_another_source_does_not_trust_the_marker(
+    cache: Path, source: Path, tmp_path: Path
+) -> None:
+    download(source)
+    other = write(tmp_path / "other", {**FILES, "vocab.txt": "C B A"})
+    assert files_in(download(other))["vocab.txt"] == "C B A"
+
+
+def test_a_marker_that_cannot_be_read_counts_as_none(model_folder: Path, source: Path) -> None:
+    download(source)
+    for text in ("{", "[]", '{"uri": 1}'):
+        (model_folder / ".rayserve_hooks" / "MODEL_AND_TOKENIZER.json").write_text(text)
+        assert files_in(download(source)) == FILES
+
+
+class TestOnS3:
+    @pytest.fixture
+    def server(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+    ) -> Iterator[s3.Server]:
+        write(tmp_path / "buckets" / "bucket" / "model", {**FILES, "hash": "one"})
+        with s3.serving(tmp_path / "buckets") as running:
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", running.url)
+            yield running
+
+    def get(self) -> Path:
+        path = download_node(MODEL, Mirror("s3://bucket/model"), ALL)
+        assert path is not None
+        return Path(path)
+
+    def test_asking_again_costs_one_listing(self, server: s3.Server, model_folder: Path) -> None:
+        self.get()
+        marker = model_folder / ".rayserve_hooks" / "MODEL_AND_TOKENIZER.json"
+        written = marker.stat().st_mtime_ns
+        server.forget()
+        self.get()
+        assert server.requests == ["LIST model/"]
+        assert marker.stat().st_mtime_ns == written
+
+    def test_the_marker_says_what_was_verified(self, server: s3.Server, model_folder: Path) -> None:
+        folder = self.get()
+        marker = json.loads(
+            (model_folder / ".rayserve_hooks" / "MODEL_AND_TOKENIZER.json").read_text()
+        )
+        files = marker.pop("files")
+        assert marker == {
+            "uri": "s3://bucket/model",
+            "mode": "MODEL_AND_TOKENIZER",
+            "revision": "one",
+            "revision_version": '"f97c5d29941bfb1b2fdab0874906ab82"',
+            "verified": "checksum",
+        }
+        assert {file["path"] for file in files} == set(FILES)
+        assert files[2] == {
+            "revision": "one",
+            "path": "generation_config.json",
+            "size": 2,
+            "version": '"99914b932bd37a50b983c5e7c90ae93b"',
+            "mtime_ns": (folder / "generation_config.json").stat().st_mtime_ns,
+            "checksum": "md5:99914b932bd37a50b983c5e7c90ae93b",
+            "verified": "checksum",
+        }
+
+    @pytest.mark.parametrize("damage", ["weights 2!", "Weights 2", None])
+    def test_one_damaged_file_is_fetched_alone(self, damage: str | None, server: s3.Server) -> None:
+        folder = self.get()
+        if damage is None:
+            (folder / "sub" / "model-2.safetensors").unlink()
+        else:
+            write(folder, {"sub/model-2.safetensors": damage})
+        server.forget()
+        assert files_in(self.get()) == FILES
+        assert server.requests == ["LIST model/", "GET bucket/model/sub/model-2.safetensors"]
+
+    def test_a_new_revision_takes_over_what_has_not_changed(self, server: s3.Server) -> None:
+        first = self.get()
+        source = server.root / "bucket" / "model"
+        write(source, {"hash": "two", "vocab.txt": "new"})
+        server.forget()
+        second = self.get()
+        assert second.name == "two"
+        assert files_in(second) == {**FILES, "vocab.txt": "new"}
+        assert files_in(first) == FILES
+        assert server.requests == [
+            "LIST model/",
+            "GET bucket/model/hash",
+            "GET bucket/model/vocab.txt",
+        ]
+
+    def test_files_without_a_marker_are_kept_if_they_can_be_verified(
+        self, server: s3.Server, model_folder: Path
+    ) -> None:
+        folder = self.get()
+        subprocess.run(["rm", "-r", str(model_folder / ".rayserve_hooks")], check=True)
+        write(folder, {"vocab.txt": "A B C"})
+        server.forget()
+        assert files_in(self.get()) == FILES
+        assert server.requests[1:] == ["GET bucket/model/hash", "GET bucket/model/vocab.txt"]
+
+    def test_files_without_a_marker_or_checksum_are_fetched(
+        self, server: s3.Server, model_folder: Path
+    ) -> None:
+        server.etags = "opaque"
+        self.get()
+        subprocess.run(["rm", "-r", str(model_folder / ".rayserve_hooks")], check=True)
+        server.forget()
+        self.get()
+        assert server.count("GET") == len(FILES) + 1
+
+    def test_the_anonymous_form(self, server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        server.etags, server.crc64 = "multipart", True
+        path = download_node(MODEL, Mirror("s3://anonymous@bucket/model"), ALL)
+        assert path is not None
+        assert files_in(Path(path)) == FILES
+        assert server.count("HEAD") == len(FILES)
+
+
+HUB_FILES = [*FILES, "hash"]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in NodeModelDownloadable if mode.name != "NONE"])
+def test_the_hub_gives_the_same_files(
+    mode: NodeModelDownloadable, cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    names: list[str] = []
+
+    def snapshot_download(model_id: str, **patterns: Any) -> str:
+        assert model_id == MODEL
+        names.extend(filter_repo_objects(FILES, **patterns))
+        return "the snapshot"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert download_node(MODEL, None, mode, from_hub=True) == "the snapshot"
+    assert set(names) == set(files_in(download(source, mode)))
+
+
+def test_the_hub_is_left_to_the_engine_unless_asked_for(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    assert download_node(MODEL, None, ALL) is None
+    assert download_node(MODEL, None, NodeModelDownloadable.NONE, from_hub=True) is None
+    assert download_node(str(tmp_path), None, ALL, from_hub=True) is None
+
+
+def test_an_error_of_the_hub_is_ours(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def snapshot_download(model_id: str, **patterns: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    text = (
+        "cannot fetch 'org/tiny' from the Hugging Face Hub: OSError: no network; check the id, "
+        "HF_ENDPOINT and the network"
+    )
     with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-        _replace(tmp_path / "model.bin", [b"ab"], 3)
-    assert list(tmp_path.iterdir()) == []
+        download_node(MODEL, None, ALL, from_hub=True)
 
 
-def test_a_file_that_ends_early_keeps_the_one_before(tmp_path: Path) -> None:
-    target = tmp_path / "model.bin"
-    target.write_bytes(b"old")
-    with pytest.raises(DownloadError, match="ended after 2 of 3 bytes"):
-        _replace(target, [b"ab"], 3)
-    assert target.read_bytes() == b"old"
+def test_an_answer_of_the_hub_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def snapshot_download(model_id: str, **patterns: Any) -> str:
+        raise RepositoryNotFoundError(
+            "401 Client Error for https://x?token=SECRET",
+            response=mock.Mock(headers={}),
+            server_message="Invalid username or password.",
+        )
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    text = (
+        "cannot fetch 'org/tiny' from the Hugging Face Hub: Invalid username or password; check "
+        "the id, HF_TOKEN and whether the token may read the model"
+    )
+    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+        download_node(MODEL, None, ALL, from_hub=True)
 
 
-def test_two_replicas_that_write_one_file_at_once_do_not_mix(tmp_path: Path) -> None:
-    target = tmp_path / "extra.bin"
+def test_importing_it_is_light() -> None:
+    script = """
+        import sys
+        import rayserve_hooks.download
+        heavy = {"awscrt", "boto3", "botocore", "huggingface_hub", "obstore", "ray", "torch"}
+        print(sorted(heavy & set(sys.modules)))
+    """
+    assert run_script(script).strip() == "[]"
 
-    def chunks() -> Iterator[bytes]:
-        yield b"first "
-        _replace(target, [b"second second"], 13)
-        yield b"writer!"
 
-    _replace(target, chunks(), 13)
-    assert target.read_bytes() == b"first writer!"
-    assert partial_files(tmp_path) == []
+def test_a_download_imports_no_ray(source: Path, tmp_path: Path) -> None:
+    script = f"""
+        import os, sys
+        os.environ["HF_HOME"] = {str(tmp_path / "home")!r}
+        from rayserve_hooks.context import NodeModelDownloadable
+        from rayserve_hooks.download import Mirror, download_node
+        download_node("org/tiny", Mirror({source.as_uri()!r}), NodeModelDownloadable["{ALL.name}"])
+        print("ray" in sys.modules)
+    """
+    assert run_script(script).strip() == "False"
+    assert (tmp_path / "home" / "hub" / "models--org--tiny" / "refs" / "main").exists()
+
+
+class TestUris:
+    @pytest.fixture(autouse=True)
+    def _no_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in list(os.environ):
+            if name.startswith(("AWS_", "AZURE_", "GOOGLE_")):
+                monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "azure://models@account.blob.core.windows.net/tiny/v1",
+            "azure://models@account.dfs.core.windows.net/tiny/v1/",
+            "abfss://models@account.dfs.core.windows.net/tiny/v1",
+            "pyarrow-abfss://models@account.dfs.core.windows.net/tiny/v1",
+        ],
+    )
+    def test_azure(self, uri: str) -> None:
+        store: Any = open_source(uri).store
+        assert store.prefix == "tiny/v1"
+        assert store.config["container_name"] == "models"
+        assert store.config["account_name"] == "account"
+
+    @pytest.mark.parametrize(
+        ("uri", "form"),
+        [
+            ("azure://models/tiny", "azure://container@account.blob.core.windows.net/path"),
+            ("azure://@account.blob.core.windows.net/x", "azure://container@account.blob."),
+            ("abfss://models@account.blob.core.windows.net/x", "abfss://container@account.dfs."),
+            ("abfss://models@.dfs.core.windows.net/x", "abfss://container@account.dfs."),
+        ],
+    )
+    def test_a_wrong_azure_uri(self, uri: str, form: str) -> None:
+        text = f"{uri} names no Azure container; write {form}"
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}"):
+            open_source(uri)
+
+    @pytest.mark.parametrize("uri", ["gs://anonymous@bucket/tiny", "pyarrow-gs://bucket/tiny"])
+    def test_gcs(self, uri: str) -> None:
+        store: Any = open_source(uri).store
+        assert (store.config["bucket"], store.prefix) == ("bucket", "tiny")
+        assert store.config.get("skip_signature", "false") == str("anonymous" in uri).lower()
+
+    def test_s3_settings_of_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-one")
+        assert self.config()["region"] == "eu-one"
+        monkeypatch.setenv("AWS_REGION", "eu-two")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://one")
+        assert (self.config()["region"], self.config()["endpoint"]) == ("eu-two", "http://one")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://two")
+        assert self.config()["endpoint"] == "http://two"
+
+    @staticmethod
+    def config(uri: str = "s3://bucket/tiny") -> dict[str, Any]:
+        store: Any = open_source(uri).store
+        return dict(store.config)
+
+    def test_a_profile_of_boto3(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(
+            tmp_path,
+            {
+                "config": "[profile other]\nregion = eu-three\n",
+                "credentials": "[other]\naws_access_key_id = k\naws_secret_access_key = s\n",
+            },
+        )
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        monkeypatch.setenv("AWS_PROFILE", "other")
+        source: Any = open_source("s3://bucket/tiny")
+        assert source.store.config["region"] == "eu-three"
+        assert source.store.credential_provider()["access_key_id"] == "k"
+        monkeypatch.setenv("AWS_REGION", "eu-two")
+        assert self.config()["region"] == "eu-two"
+
+    def test_no_credentials_at_all(self) -> None:
+        text = (
+            "boto3 finds no AWS credentials; set AWS_ACCESS_KEY_ID or AWS_PROFILE, or write "
+            "s3://anonymous@bucket for a public bucket"
+        )
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+            open_source("s3://bucket/tiny")
+        assert self.config("s3://anonymous@bucket/tiny")["skip_signature"] == "true"
+
+    def test_a_profile_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("AWS_PROFILE", "absent")
+        pattern = r"^cannot open s3://bucket/tiny: .*absent.*; check the URI and the credentials$"
+        with pytest.raises(DownloadError, match=pattern):
+            open_source("s3://bucket/tiny")
+
+    def test_without_boto3_the_chain_is_that_of_obstore(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "boto3", None)
+        assert self.config()["bucket"] == "bucket"
+
+    def test_without_obstore(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "obstore.store", None)
+        text = (
+            "downloading s3://bucket/tiny needs the package 'obstore'; install "
+            "'rayserve_hooks[download]' on every node"
+        )
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+            open_source("s3://bucket/tiny")
+
+    def test_the_default_credentials_of_azure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[str] = []
+
+        def identity() -> dict[str, Any]:
+            calls.append("asked")
+            return {}
+
+        monkeypatch.setattr(stores, "_azure_identity", identity)
+        open_source("azure://models@account.blob.core.windows.net/tiny")
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
+        open_source("azure://models@account.blob.core.windows.net/tiny")
+        assert calls == ["asked"]

@@ -35,28 +35,50 @@ def _nothing_deployed_after(ray_cluster: Any) -> Iterator[None]:
         serve.delete(name)
 
 
-def callbacks(trace: Path) -> list[Any]:
+def callbacks(trace: Path, model: Path) -> list[Any]:
+    """List wrappers, tryfirst, trylast, async, adapted, failing ones, and one that takes over."""
     return [
         {"callback": "trace_writer:TraceWriter", "kwargs": {"path": str(trace)}},
+        "lifecycle_callbacks:Wraps",
         "lifecycle_callbacks:Last",
         "lifecycle_callbacks.Plain",
         {"callback": "my_module.MyCallback", "name": "mine", "kwargs": {"max_model_len": 192}},
         "lifecycle_callbacks:First",
+        {"callback": "ray_callbacks:Everything", "name": "Rays", "kwargs": {"greeting": "hello"}},
+        {
+            "callback": "lifecycle_callbacks:Fail",
+            "kwargs": {"hook": "on_before_init"},
+            "on_error": "warn",
+        },
+        {"callback": "lifecycle_callbacks:BringModel", "kwargs": {"path": str(model)}},
+        {"callback": "lifecycle_callbacks:Plain", "name": "PlainAgain"},
     ]
 
 
+# The one complete list of what a start runs, in order: process, hook, callback, outcome.
 LIFECYCLE = [
-    ("replica", "on_before_init", "mine"),
-    ("replica", "on_before_init", "First"),
-    ("replica", "on_before_init", "Plain"),
-    ("replica", "on_before_init", "Last"),
-    ("replica", "on_before_download", "First"),
-    ("replica", "on_before_download", "Plain"),
-    ("replica", "on_before_download", "mine"),
-    ("replica", "on_after_init", "TraceWriter"),
-    ("replica", "on_after_init", "Plain"),
-    ("replica", "on_after_init", "Last"),
-    ("replica", "on_after_init", "mine"),
+    ("replica", "on_before_init", "Wraps", "returned"),
+    ("replica", "on_before_init", "mine", "returned"),
+    ("replica", "on_before_init", "First", "returned"),
+    ("replica", "on_before_init", "Plain", "returned"),
+    ("replica", "on_before_init", "Rays", "returned"),
+    ("replica", "on_before_init", "Fail", "warned"),
+    ("replica", "on_before_init", "PlainAgain", "returned"),
+    ("replica", "on_before_init", "Last", "returned"),
+    ("replica", "on_before_download", "First", "returned"),
+    ("replica", "on_before_download", "Plain", "returned"),
+    ("replica", "on_before_download", "mine", "returned"),
+    ("replica", "on_before_download", "Rays", "returned"),
+    ("replica", "on_before_download", "Fail", "returned"),
+    ("replica", "on_before_download", "BringModel", "handled"),
+    ("replica", "on_after_init", "TraceWriter", "running"),  # it is the one that writes this
+    ("replica", "on_after_init", "Wraps", "returned"),
+    ("replica", "on_after_init", "Plain", "returned"),
+    ("replica", "on_after_init", "Rays", "returned"),
+    ("replica", "on_after_init", "Fail", "returned"),
+    ("replica", "on_after_init", "PlainAgain", "returned"),
+    ("replica", "on_after_init", "Last", "returned"),
+    ("replica", "on_after_init", "mine", "returned"),
 ]
 
 
@@ -72,7 +94,8 @@ def settings(model: Path) -> dict[str, Any]:
 
 def assert_served_through_callbacks(url: str, trace: Path) -> None:
     calls = json.loads(trace.read_text())
-    assert [(call["role"], call["hook"], call["callback"]) for call in calls] == LIFECYCLE
+    keys = ("role", "hook", "callback", "outcome")
+    assert [tuple(call[key] for key in keys) for call in calls] == LIFECYCLE
     assert len({(call["node_id"], call["pid"]) for call in calls}) == 1
     assert chat(url, "hello world").status_code == 200
     refused = chat(url, "hello " * 300)
@@ -93,7 +116,7 @@ def test_configured_in_python(ray_cluster: Any, tiny_model: Path, tmp_path: Path
     from rayserve_hooks import LLMConfig
 
     trace = tmp_path / "trace.json"
-    config = LLMConfig(callbacks=callbacks(trace), **settings(tiny_model))
+    config = LLMConfig(callbacks=callbacks(trace, tiny_model), **settings(tiny_model))
     serve.run(build_openai_app({"llm_configs": [config]}), name="python", route_prefix="/python")
     assert_served_through_callbacks(f"http://127.0.0.1:{ray_cluster.http_port}/python", trace)
 
@@ -107,7 +130,7 @@ def test_configured_in_yaml_through_stock_ray(
         **settings(tiny_model),
         "callback_config": {
             "callback_class": "rayserve_hooks.HooksCallback",
-            "callback_kwargs": {"callbacks": callbacks(trace)},
+            "callback_kwargs": {"callbacks": callbacks(trace, tiny_model)},
         },
     }
     application = {
@@ -180,7 +203,7 @@ def test_two_worker_ranks(ray_cluster: Any, tiny_model: Path, tmp_path: Path) ->
     bind = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
     config = LLMConfig(
         callbacks=[
-            *callbacks(trace),
+            *callbacks(trace, tiny_model),
             {
                 "callback": "lifecycle_callbacks:Set",
                 "kwargs": {"hook": "on_before_init", "values": {"runtime_env": bind}},

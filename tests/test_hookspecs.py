@@ -4,7 +4,14 @@ import re
 import pytest
 from plugins_for_tests import make_manager
 
-from rayserve_hooks.hookspecs import HOOKS, PHASES, RayServeLLMCallback
+from rayserve_hooks.hookspecs import (
+    CLEAN_UP,
+    FIRST_RESULT,
+    HOOK_PARAMETERS,
+    HOOKS,
+    PHASES,
+    RayServeLLMCallback,
+)
 
 SECTIONS = ["When", "Where", "Not for", "Parameters", "Returns", "Failure", "Since"]
 
@@ -16,7 +23,7 @@ def doc_of(hook: str) -> str:
 
 
 def test_the_core_hooks_in_call_order() -> None:
-    assert HOOKS == ("on_before_init", "on_before_download", "on_after_init")
+    assert HOOKS == ("on_before_init", "on_before_download", "on_after_init", "on_init_failed")
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -54,12 +61,15 @@ def test_since_names_a_version(hook: str) -> None:
 def test_the_first_result_counts_in_the_first_two_hooks_only() -> None:
     manager = make_manager()
     firstresult = [getattr(manager.hook, hook).spec.opts["firstresult"] for hook in HOOKS]
-    assert firstresult == [True, True, False]
+    assert firstresult == [True, True, False, False]
+    assert HOOKS[:2] == FIRST_RESULT
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_hook_takes_the_context_alone(hook: str) -> None:
-    assert getattr(make_manager().hook, hook).spec.argnames == ("ctx",)
+def test_a_hook_takes_the_context_and_the_clean_up_the_error(hook: str) -> None:
+    wanted = ("ctx", "error") if hook == CLEAN_UP else ("ctx",)
+    assert getattr(make_manager().hook, hook).spec.argnames == wanted
+    assert HOOK_PARAMETERS[hook] == wanted
 
 
 def test_every_hook_has_a_phase() -> None:

@@ -6,10 +6,12 @@ What needs Ray is imported inside the functions: collecting these tests must sta
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +157,7 @@ def test_a_failed_download_names_node_and_phase(store: S3Server, tmp_path: Path)
     with pytest.raises(
         HookError,
         match=r"node initialization failed on node \w+ \(.*\) \(phase: download\): .*"
-        r"cannot list s3://anonymous@models/tiny: .*404.*check endpoint, region and credentials",
+        r"cannot list s3://anonymous@models/tiny: .*404.*check bucket, path and endpoint",
     ):
         initialize(mirrored(store))
     assert not (tmp_path / "head_cache" / "models--tiny" / "refs").exists()
@@ -341,3 +343,57 @@ def test_a_group_supplied_by_a_callback_is_the_only_one() -> None:
     before = len(group_states())
     initialize(config({"callback": "custom_placement_group", "kwargs": {"bundles": [{"CPU": 1}]}}))
     assert len(group_states()) == before + 1
+
+
+BLOCKED_S = 30.0
+
+
+def test_a_callback_that_blocks_leaves_a_serve_replica_responsive(ray_cluster: Any) -> None:
+    from ray import serve
+
+    @serve.deployment(
+        ray_actor_options={"num_cpus": 0}, health_check_period_s=1, health_check_timeout_s=10
+    )
+    class Replica:
+        def __init__(self) -> None:
+            self.checks: list[float] = []
+            self.ticks: list[float] = []
+
+        def check_health(self) -> None:
+            self.checks.append(time.monotonic())
+
+        async def initialize(self) -> dict[str, Any]:
+            ticker = asyncio.create_task(self._tick())
+            block = {"callback": "lifecycle_callbacks:BlockFor", "kwargs": {"seconds": BLOCKED_S}}
+            ctx = await rayserve_hooks.initialize_node(config(block))
+            ticker.cancel()
+            entry = ctx.trace[0]
+            ended = time.monotonic()
+            return {
+                "role": entry.role,
+                "seconds": entry.duration_s,
+                "silence": [
+                    max(self._gaps(times, ended - BLOCKED_S, ended))
+                    for times in (self.checks, self.ticks)
+                ],
+            }
+
+        async def _tick(self) -> None:
+            while True:
+                self.ticks.append(time.monotonic())
+                await asyncio.sleep(0.1)
+
+        @staticmethod
+        def _gaps(times: list[float], start: float, end: float) -> list[float]:
+            inside = [start, *(t for t in times if start < t < end), end]
+            return [later - earlier for earlier, later in itertools.pairwise(inside)]
+
+    handle: Any = serve.run(Replica.bind(), name="blocked", route_prefix="/blocked")
+    try:
+        result = handle.initialize.remote().result(timeout_s=120)
+    finally:
+        serve.delete("blocked")
+    assert result["role"] == "replica"
+    assert result["seconds"] >= BLOCKED_S
+    # A blocked loop would be silent for all of the 30 s; this machine may be busy for some.
+    assert max(result["silence"]) < BLOCKED_S / 3, result

@@ -2,6 +2,7 @@ import contextlib
 import pickle
 import re
 import threading
+import traceback
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,13 +14,21 @@ import pluggy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plugins_for_tests import hook_log, make_ctx, make_manager, run_script
+from plugins_for_tests import hook_arguments, hook_log, make_ctx, make_manager, run_script
 
 from rayserve_hooks.context import CallbackCtx, Handled
-from rayserve_hooks.errors import CallbackConfigError, HookError
-from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback, hookimpl, hookspec
+from rayserve_hooks.errors import CallbackConfigError, HookError, RemoteCause
+from rayserve_hooks.hookspecs import CLEAN_UP, HOOKS, RayServeLLMCallback, hookimpl, hookspec
+from rayserve_hooks.limits import TimeLimits
 from rayserve_hooks.loading import parse_callbacks
-from rayserve_hooks.manager import CallbackStack, PluginManager, get_plugin_manager
+from rayserve_hooks.manager import (
+    DISABLE_VARIABLE,
+    CallbackStack,
+    PluginManager,
+    enabled,
+    get_plugin_manager,
+    parse_stack,
+)
 
 Wrapping = Generator[None, Any, Any]
 PLACES = ["first", "plain", "last"]
@@ -63,20 +72,20 @@ def wrapper(name: str, place: str = "plain", hook: str = "on_before_init") -> di
 
 def log_of(*callbacks: object, hook: str = "on_before_init") -> list[str]:
     ctx = make_ctx()
-    getattr(make_manager(*callbacks).hook, hook)(ctx=ctx)
+    call(*callbacks, ctx=ctx, hook=hook)
     log: list[str] = ctx.custom_data.get("log", [])
     return log
 
 
 def call(*callbacks: object, ctx: CallbackCtx | None = None, hook: str = "on_before_init") -> Any:
-    return getattr(make_manager(*callbacks).hook, hook)(ctx=ctx or make_ctx())
+    return getattr(make_manager(*callbacks).hook, hook)(**hook_arguments(hook, ctx))
 
 
 def outcomes(ctx: CallbackCtx) -> list[tuple[str, str]]:
     return [(entry.callback, entry.outcome) for entry in ctx.trace]
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook != CLEAN_UP])
 def test_callbacks_run_in_list_order(hook: str) -> None:
     assert log_of(*(step(name, hook=hook) for name in "abc"), hook=hook) == ["a", "b", "c"]
 
@@ -172,12 +181,18 @@ def test_the_very_same_object_twice_is_a_config_error(kind: str) -> None:
         plugin: object = Once()
     else:
         plugin = "plugins_for_tests:ready_made"
-    with pytest.raises(CallbackConfigError, match=r"'one'|'two'"):
+    text = (
+        "callbacks 'two' and 'one' are the same object; name the class twice, or make two instances"
+    )
+    with pytest.raises(CallbackConfigError, match=f"^{text}$"):
         make_manager({"callback": plugin, "name": "one"}, {"callback": plugin, "name": "two"})
 
 
-def modelled_order(stack: list[tuple[bool, str]]) -> list[int]:
-    return sorted(range(len(stack)), key=lambda i: (not stack[i][0], PLACES.index(stack[i][1]), i))
+def modelled_order(stack: list[tuple[bool, str]], hook: str = "on_before_init") -> list[int]:
+    step = -1 if hook == CLEAN_UP else 1
+    return sorted(
+        range(len(stack)), key=lambda i: (not stack[i][0], PLACES.index(stack[i][1]), step * i)
+    )
 
 
 stacks = st.lists(st.tuples(st.booleans(), st.sampled_from(PLACES)), max_size=8)
@@ -190,7 +205,7 @@ def test_any_stack_runs_as_the_rule_says(stack: list[tuple[bool, str]], hook: st
         wrapper(str(i), place, hook) if wraps else step(str(i), place, hook=hook)
         for i, (wraps, place) in enumerate(stack)
     ]
-    order = [str(i) for i in modelled_order(stack)]
+    order = [str(i) for i in modelled_order(stack, hook)]
     wrappers = [name for name in order if stack[int(name)][0]]
     assert make_manager(*callbacks).run_order()[hook] == order
     closing = [f"/{name}" for name in reversed(wrappers)]
@@ -300,6 +315,7 @@ def test_a_failure_names_callback_hook_node_and_phase(hook: str, phase: str) -> 
         "node": "n1 (10.0.0.1)",
         "phase": phase,
         "detail": "ValueError: boom",
+        "cleanup_errors": [],
     }
     assert error.__cause__ is cause
     assert str(error).startswith(
@@ -547,7 +563,7 @@ def test_changes_around_the_yield_are_charged_to_the_wrapper() -> None:
 
     ctx = make_ctx()
     call(wraps(changes), wraps(changes_inside) | {"name": "V"}, step("a"), ctx=ctx)
-    assert {entry.callback: entry.changes for entry in ctx.trace} == {
+    assert {entry.callback: entry.changed for entry in ctx.trace} == {
         "W": ("custom_data.before", "custom_data.after"),
         "V": ("runtime_env.inside",),
         "a": ("custom_data.log",),
@@ -564,7 +580,7 @@ def test_changes_before_a_nested_call_are_charged_to_the_caller() -> None:
 
     ctx = make_ctx()
     call(Calls, ctx=ctx)
-    assert {entry.callback: entry.changes for entry in ctx.trace} == {
+    assert {entry.callback: entry.changed for entry in ctx.trace} == {
         "Calls": ("runtime_env.mine",),
         "inner": ("custom_data.log",),
     }
@@ -588,6 +604,277 @@ def test_the_trace_times_a_wrapper_around_what_it_wraps() -> None:
     assert outer.duration_s >= inner.duration_s
 
 
+def cleans(
+    name: str,
+    place: str = "plain",
+    *,
+    error: BaseException | None = None,
+    started: bool = True,
+    on_error: str = "raise",
+) -> dict[str, object]:
+    """Make a callback that logs its name in the clean-up; ``started`` gives it another hook."""
+    made: Any = step(name, place, error=error, hook=CLEAN_UP, on_error=on_error)
+    if started:
+        made["callback"].on_before_init = lambda self, ctx: None
+    return made  # type: ignore[no-any-return]
+
+
+FIRST_FAILURE = ValueError("the first failure")
+
+
+def clean_up(
+    *callbacks: object, ctx: CallbackCtx | None = None, started: str = "abcd"
+) -> list[HookError]:
+    return make_manager(*callbacks).clean_up(ctx or make_ctx(), FIRST_FAILURE, started)
+
+
+def test_clean_up_runs_in_reverse_list_order_within_each_group() -> None:
+    stack = [
+        step("l1", "last", hook=CLEAN_UP),
+        step("p1", hook=CLEAN_UP),
+        step("f1", "first", hook=CLEAN_UP),
+        step("l2", "last", hook=CLEAN_UP),
+        step("p2", hook=CLEAN_UP),
+        step("f2", "first", hook=CLEAN_UP),
+    ]
+    assert log_of(*stack, hook=CLEAN_UP) == ["f2", "f1", "p2", "p1", "l2", "l1"]
+
+
+def test_clean_up_keeps_that_order_among_those_that_had_started() -> None:
+    ctx = make_ctx()
+    stack = [cleans("a", "last"), cleans("b"), cleans("c", "last"), cleans("d")]
+    assert clean_up(*stack, ctx=ctx, started="acd") == []
+    assert ctx.custom_data["log"] == ["d", "c", "a"]
+
+
+def test_clean_up_leaves_out_who_had_not_started() -> None:
+    ctx = make_ctx()
+    clean_up(cleans("a"), cleans("b"), ctx=ctx, started="b")
+    assert ctx.custom_data["log"] == ["b"]
+
+
+def test_a_callback_without_another_hook_counts_as_started() -> None:
+    ctx = make_ctx()
+    clean_up(cleans("a", started=False), cleans("b"), ctx=ctx, started="")
+    assert ctx.custom_data["log"] == ["a"]
+
+
+def test_clean_up_of_equal_instances_leaves_out_the_right_one() -> None:
+    @dataclass
+    class Equal:
+        size: int = 1
+
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            pass
+
+        def on_init_failed(self, ctx: CallbackCtx) -> None:
+            pass
+
+    ctx = make_ctx()
+    stack = [{"callback": Equal, "name": "a"}, {"callback": Equal, "name": "b"}]
+    clean_up(*stack, ctx=ctx, started="a")
+    assert outcomes(ctx) == [("a", "returned")]
+
+
+def test_clean_up_without_callbacks_is_nothing() -> None:
+    assert clean_up() == []
+
+
+def test_the_error_is_handed_to_who_wants_it() -> None:
+    seen = []
+
+    class Wants:
+        def on_init_failed(self, ctx: CallbackCtx, error: BaseException) -> None:
+            seen.append(error)
+
+    class WantsInAnotherOrder:
+        async def on_init_failed(self, error: BaseException, ctx: CallbackCtx) -> None:
+            seen.append(error)
+
+    class WantsNot:
+        def on_init_failed(self, ctx: CallbackCtx) -> None:
+            seen.append(None)
+
+    clean_up(Wants, WantsInAnotherOrder, WantsNot)
+    assert seen == [None, FIRST_FAILURE, FIRST_FAILURE]
+
+
+def test_every_failure_of_a_clean_up_is_collected_and_the_next_one_runs() -> None:
+    ctx = make_ctx()
+    stack = [cleans("a", error=OSError("locked")), cleans("b"), cleans("c", error=KeyError("x"))]
+    failures = clean_up(*stack, ctx=ctx)
+    assert [(failure.callback, failure.detail) for failure in failures] == [
+        ("c", "KeyError: 'x'"),
+        ("a", "OSError: locked"),
+    ]
+    assert outcomes(ctx) == [("c", "failed"), ("b", "returned"), ("a", "failed")]
+    assert [type(failure.__cause__) for failure in failures] == [KeyError, OSError]
+
+
+def test_a_failure_of_a_clean_up_says_so() -> None:
+    (failure,) = clean_up(cleans("a", error=OSError("locked")))
+    assert str(failure).startswith(
+        "callback 'a' failed in hook on_init_failed on node n1 (10.0.0.1) (phase: clean-up): "
+        "OSError: locked; "
+    )
+
+
+def test_a_failure_of_a_clean_up_is_logged_with_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    cause = OSError("locked")
+    with hook_log(caplog):
+        (failure,) = clean_up(cleans("a", error=cause))
+    (record,) = caplog.records
+    assert (record.levelname, record.getMessage()) == ("ERROR", str(failure))
+    assert record.exc_info is not None
+    assert record.exc_info[1] is cause
+
+
+def test_on_error_warn_forgives_a_clean_up(caplog: pytest.LogCaptureFixture) -> None:
+    with hook_log(caplog):
+        assert clean_up(cleans("a", error=OSError("locked"), on_error="warn")) == []
+    assert caplog.messages[0].endswith("(on_error: warn, going on)")
+
+
+@pytest.mark.parametrize("result", [True, Handled()])
+def test_a_clean_up_has_no_result(result: object) -> None:
+    (failure,) = clean_up(step("a", result=result, hook=CLEAN_UP))
+    assert failure.detail.endswith("; on_init_failed has no result, return None")
+
+
+def raises_again(self: object, ctx: CallbackCtx, error: BaseException) -> None:
+    raise error
+
+
+def test_an_error_raised_again_does_not_become_its_own_cause() -> None:
+    error = HookError(callback="a", hook="h", node="n1", phase="download", detail="disk full")
+    again = {"callback": type("Again", (), {CLEAN_UP: raises_again}), "name": "again"}
+    error.cleanup_errors.extend(make_manager(again).clean_up(make_ctx(), error, ()))
+    (failure,) = pickle.loads(pickle.dumps(error)).cleanup_errors
+    assert failure.callback == "again"
+    assert "disk full" in failure.detail
+    assert failure.__cause__ is None
+
+
+def wraps_clean_up(run: Callable[[CallbackCtx], Wrapping]) -> dict[str, object]:
+    return wraps(run, CLEAN_UP)
+
+
+def returns_nothing(ctx: CallbackCtx) -> Wrapping:
+    yield
+    return None
+
+
+@pytest.mark.parametrize("run", [passes_on, returns_nothing, returns_true])
+def test_what_failed_in_a_clean_up_passes_any_wrapper(
+    run: Callable[[CallbackCtx], Wrapping],
+) -> None:
+    stack = [wraps_clean_up(run), cleans("a", error=OSError("locked")), cleans("b")]
+    assert [failure.callback for failure in clean_up(*stack)] == ["a"]
+
+
+@pytest.mark.parametrize("run", [fails_before, fails_after, yields_twice, never_yields])
+def test_a_wrapper_that_fails_in_a_clean_up_is_collected_too(
+    run: Callable[[CallbackCtx], Wrapping],
+) -> None:
+    ctx = make_ctx()
+    stack = [wraps_clean_up(run), cleans("a", error=OSError("locked")), cleans("b")]
+    assert [failure.callback for failure in clean_up(*stack, ctx=ctx)] == ["a", "W"]
+    assert ctx.custom_data["log"] == ["b", "a"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_of_a_clean_up_passes_through(error: type[BaseException]) -> None:
+    ctx = make_ctx()
+    with pytest.raises(error):
+        clean_up(cleans("a"), cleans("b", error=error()), ctx=ctx)
+    assert outcomes(ctx) == [("b", "interrupted")]
+
+
+SECRET = "hf_abcdefgh"  # noqa: S105
+
+
+def leaks(self: object, ctx: CallbackCtx) -> None:
+    try:
+        raise KeyError(f"{SECRET} in the inner one")
+    except KeyError as error:
+        raise ValueError(f"401 for {SECRET}") from error
+
+
+class Token:
+    """Knows a secret by its arguments and shows it in an error."""
+
+    def __init__(self, hf_token: str) -> None:
+        pass
+
+    on_before_init = leaks
+
+
+LEAKS = type("Leaks", (), {"on_before_init": leaks})
+BY_CONTEXT = ({"callback": LEAKS}, {"runtime_env": {"env_vars": {"ANY": SECRET}}})
+BY_KWARGS = ({"callback": Token, "kwargs": {"hf_token": SECRET}}, {})
+leaking = pytest.mark.parametrize(("callback", "fields"), [BY_CONTEXT, BY_KWARGS])
+
+
+@leaking
+def test_a_secret_reaches_no_error_and_no_cause(
+    callback: dict[str, object], fields: dict[str, Any]
+) -> None:
+    with pytest.raises(HookError) as caught:
+        call(callback, ctx=make_ctx(**fields))
+    error = pickle.loads(pickle.dumps(caught.value))
+    for found in (caught.value, error):
+        assert found.detail == "ValueError: 401 for ***"
+        assert type(found.__cause__) is RemoteCause
+        assert str(found.__cause__) == "ValueError: 401 for ***"
+        formatted = "".join(traceback.format_exception(found))
+        assert SECRET not in formatted
+        assert "in leaks" in formatted
+        assert "KeyError: '*** in the inner one'" in formatted
+
+
+@leaking
+@pytest.mark.parametrize("hook", ["on_before_init", CLEAN_UP])
+def test_a_secret_reaches_no_log(
+    callback: dict[str, Any], fields: dict[str, Any], hook: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cls = type("Leaks", (callback["callback"],), {hook: leaks})
+    with hook_log(caplog):
+        call({**callback, "callback": cls, "on_error": "warn"}, ctx=make_ctx(**fields), hook=hook)
+    assert "ValueError: 401 for ***" in caplog.text
+    assert "Traceback (most recent call last):" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_secret_reaches_no_log_of_a_failed_clean_up(caplog: pytest.LogCaptureFixture) -> None:
+    with hook_log(caplog):
+        call(
+            type("Leaks", (), {CLEAN_UP: leaks}),
+            ctx=make_ctx(custom_data={"password": SECRET}),
+            hook=CLEAN_UP,
+        )
+    assert "ValueError: 401 for ***" in caplog.text
+    assert SECRET not in caplog.text
+
+
+def test_a_secret_reaches_neither_the_context_nor_the_trace() -> None:
+    def sets(self: object, ctx: CallbackCtx) -> None:
+        ctx.runtime_env["env_vars"] = {"HF_TOKEN": SECRET}
+        ctx.extra_init_kwargs["api_key"] = SECRET
+        ctx.custom_data["stores"] = [{"password": SECRET}]
+
+    ctx = make_ctx()
+    call(type("Sets", (), {"on_before_init": sets}), ctx=ctx)
+    assert SECRET not in repr(ctx) + repr(ctx.trace) + ctx.trace.table() + repr(list(ctx.trace))
+    assert len(ctx.trace[0].changes) == 3
+
+
+def test_a_cause_without_a_secret_is_the_very_exception() -> None:
+    cause = ValueError("boom")
+    with pytest.raises(HookError) as caught:
+        call(step("a", error=cause), ctx=make_ctx(custom_data={"password": SECRET}))
+    assert caught.value.__cause__ is cause
+
+
 def test_a_protocol_subclass_registers_only_what_it_overrides() -> None:
     class OnlyAfter(RayServeLLMCallback):
         def on_after_init(self, ctx: CallbackCtx) -> None:
@@ -597,6 +884,7 @@ def test_a_protocol_subclass_registers_only_what_it_overrides() -> None:
         "on_before_init": [],
         "on_before_download": [],
         "on_after_init": ["OnlyAfter"],
+        "on_init_failed": [],
     }
 
 
@@ -658,11 +946,14 @@ def test_run_order_names_the_callbacks_of_each_hook() -> None:
         wrapper("w"),
         step("f", "first"),
         step("d", hook="on_before_download"),
+        step("x", hook="on_init_failed"),
+        step("y", hook="on_init_failed"),
     )
     assert manager.run_order() == {
         "on_before_init": ["w", "f", "a", "z"],
         "on_before_download": ["d"],
         "on_after_init": [],
+        "on_init_failed": ["y", "x"],
     }
 
 
@@ -694,8 +985,14 @@ class Empty:
         pass
 
 
-def stack_of(app: str, callback: object = Empty, on_error: str = "raise") -> CallbackStack:
-    return CallbackStack(app, parse_callbacks([callback]), on_error)
+def stack_of(
+    app: str,
+    callback: object = Empty,
+    on_error: str = "raise",
+    time_limits: TimeLimits | None = None,
+) -> CallbackStack:
+    entries = parse_callbacks([callback])
+    return CallbackStack(app, entries, on_error, time_limits or TimeLimits())
 
 
 def test_equal_stacks_share_one_manager(app: str) -> None:
@@ -712,6 +1009,7 @@ def test_a_stack_that_travelled_has_the_same_manager(app: str) -> None:
     [
         {"app": "another app"},
         {"on_error": "warn"},
+        {"time_limits": TimeLimits(total=60)},
         {"callback": {"callback": Empty, "kwargs": {"a": 1}}},
         {"callback": {"callback": Empty, "name": "other"}},
     ],
@@ -769,6 +1067,78 @@ def test_a_callback_may_ask_for_a_manager_while_it_is_built() -> None:
         print(manager.run_order()["on_before_init"])
     """
     assert run_script(script) == "['Asks']"
+
+
+OURS = "rayserve_hooks.HooksCallback"
+
+
+def test_a_stack_is_read_from_a_callback_config() -> None:
+    kwargs = {"callbacks": [Empty], "time_limits": {"total": 60}}
+    stack = parse_stack("app", OURS, kwargs, "warn")
+    assert [entry.name for entry in stack.entries] == ["Empty"]
+    assert (stack.on_error, stack.time_limits) == ("warn", TimeLimits(total=60))
+
+
+def test_a_stack_without_anything_is_empty() -> None:
+    assert parse_stack("app", OURS, {}) == CallbackStack("app", ())
+
+
+def test_another_callback_class_is_a_stack_of_one() -> None:
+    (entry,) = parse_stack("app", "ray_callbacks:Strict", {"paths": []}).entries
+    assert (entry.name, entry.kwargs) == ("Strict", {"paths": []})
+
+
+def test_an_unknown_key_of_callback_kwargs() -> None:
+    text = (
+        "callback_kwargs has unknown key 'callback'; HooksCallback takes 'callbacks', a list, and "
+        "'time_limits', a mapping"
+    )
+    with pytest.raises(CallbackConfigError, match=f"^{text}$"):
+        parse_stack("app", OURS, {"callback": "x"})
+
+
+def test_keys_callbacks_and_limits_that_are_wrong_are_reported_together() -> None:
+    kwargs = {"zzz": 1, "callbacks": [None], "time_limits": {"total": 0}}
+    with pytest.raises(CallbackConfigError) as caught:
+        parse_stack("app", OURS, kwargs)
+    assert [problem.partition(" ")[0] for problem in caught.value.problems] == [
+        "callback_kwargs",
+        "callbacks[0]",
+        "time_limits:",
+    ]
+
+
+def test_a_callback_is_switched_off_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(DISABLE_VARIABLE, "a, ,c")
+    entries = parse_callbacks([step("a"), step("b"), step("c")])
+    with hook_log(caplog):
+        assert [entry.name for entry in enabled(entries)] == ["b"]
+    assert caplog.messages == [
+        "callback 'a' is switched off by RAYSERVE_HOOKS_DISABLE",
+        "callback 'c' is switched off by RAYSERVE_HOOKS_DISABLE",
+    ]
+
+
+@pytest.mark.parametrize(("names", "known"), [("ba", "a, b"), ("", "none")])
+def test_an_unknown_name_to_switch_off(
+    names: str, known: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DISABLE_VARIABLE, "zzz")
+    text = (
+        "RAYSERVE_HOOKS_DISABLE names 'zzz', which is no callback of this deployment; use names "
+        f"of its callbacks (known: {known})"
+    )
+    with pytest.raises(CallbackConfigError, match=f"^{re.escape(text)}$"):
+        enabled(parse_callbacks([step(name) for name in names]))
+
+
+def test_subset_hook_caller_keeps_the_order_of_a_clean_up() -> None:
+    manager, ctx = make_manager(*(cleans(name) for name in "abc")), make_ctx()
+    subset = manager.subset_hook_caller(CLEAN_UP, [manager.get_plugin("b")])
+    assert subset(**hook_arguments(CLEAN_UP, ctx)) == []
+    assert ctx.custom_data["log"] == ["c", "a"]
 
 
 def test_subset_hook_caller_leaves_plugins_out() -> None:

@@ -64,7 +64,7 @@ def test_what_it_sets_lands_in_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ctx.worker_node_download_model is NodeModelDownloadable.NONE
     assert ctx.runtime_env["env_vars"]["FROM_RAY_CALLBACK"] == "1"
     assert (ctx.custom_data["greeting"], ctx.custom_data["model_id"]) == ("hello", "tiny")
-    assert set(ctx.trace[0].changes) == {
+    assert set(ctx.trace[0].changed) == {
         "local_node_download_model",
         "worker_node_download_model",
         "runtime_env.env_vars.FROM_RAY_CALLBACK",

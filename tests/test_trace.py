@@ -1,17 +1,16 @@
 import os
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from plugins_for_tests import hook_log, make_ctx, make_manager
 
-from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo
-from rayserve_hooks.trace import Trace, format_table
+from rayserve_hooks.context import CallbackCtx, Handled
+from rayserve_hooks.trace import ABSENT, Change, Trace, TraceEntry, format_table
 
-Change = Callable[[CallbackCtx], object]
+Changing = Callable[[CallbackCtx], object]
 
 
-def step(name: str, change: Change) -> dict[str, object]:
+def step(name: str, change: Changing) -> dict[str, object]:
     class Step:
         def on_before_init(self, ctx: CallbackCtx) -> None:
             change(ctx)
@@ -19,11 +18,14 @@ def step(name: str, change: Change) -> dict[str, object]:
     return {"callback": Step, "name": name}
 
 
-def run(ctx: CallbackCtx, *changes: Change) -> CallbackCtx:
+def run(ctx: CallbackCtx, *changes: Changing) -> CallbackCtx:
     """Run one callback per change, named A, B, C..."""
     steps = [step(name, change) for name, change in zip("ABCDE", changes, strict=False)]
     make_manager(*steps).hook.on_before_init(ctx=ctx)
     return ctx
+
+
+DEFAULT = "MODEL_AND_TOKENIZER"
 
 
 class Uncomparable:
@@ -120,9 +122,49 @@ def drop_field_content(ctx: CallbackCtx) -> None:
         (drop_field_content, ("runtime_env.env_vars.A",)),
     ],
 )
-def test_changes_are_dotted_paths(change: Change, paths: tuple[str, ...]) -> None:
+def test_changes_are_dotted_paths(change: Changing, paths: tuple[str, ...]) -> None:
     ctx = make_ctx(runtime_env={"env_vars": {"A": "1"}}, custom_data={"list": [{"a": 1}]})
-    assert run(ctx, change).trace[0].changes == paths
+    assert run(ctx, change).trace[0].changed == paths
+
+
+@pytest.mark.parametrize(
+    ("change", "before", "after"),
+    [
+        (assign_mode, *(f"<NodeModelDownloadable.{n}: '{n}'>" for n in (DEFAULT, "NONE"))),
+        (assign_dict, ABSENT, "1"),
+        (change_list, "[{'a': 1}]", "[{'a': 1}, 1]"),
+        (set_nested, "***", "***"),
+        (delete_nested, "***", ABSENT),
+    ],
+)
+def test_a_change_tells_the_values_before_and_after(
+    change: Changing, before: str, after: str
+) -> None:
+    ctx = make_ctx(runtime_env={"env_vars": {"A": "1"}}, custom_data={"list": [{"a": 1}]})
+    (found,) = run(ctx, change).trace[0].changes
+    assert (found.before, found.after) == (before, after)
+
+
+def test_a_change_reads_as_path_and_both_values() -> None:
+    assert str(Change("extra_init_kwargs.seed", "1", "2")) == "extra_init_kwargs.seed: 1 -> 2"
+
+
+def test_a_value_below_a_secret_key_is_masked_at_any_depth() -> None:
+    ctx = make_ctx()
+    trace = run(ctx, lambda ctx: ctx.custom_data.update(credentials={"a": {"b": "s3cret"}})).trace
+    assert [str(change) for change in trace[0].changes] == [
+        "custom_data.credentials.a.b: <absent> -> ***"
+    ]
+
+
+def test_an_empty_dict_that_comes_is_a_change() -> None:
+    trace = run(make_ctx(), lambda ctx: ctx.custom_data.update(empty={})).trace
+    assert [str(change) for change in trace[0].changes] == ["custom_data.empty: <absent> -> {}"]
+
+
+def test_an_object_is_named_by_its_class_since_its_repr_may_show_anything() -> None:
+    trace = run(make_ctx(), lambda ctx: ctx.custom_data.update(client=Uncomparable())).trace
+    assert trace[0].changes[0].after == "<Uncomparable>"
 
 
 def test_writing_the_value_that_is_there_is_no_change() -> None:
@@ -146,8 +188,8 @@ def test_a_change_is_charged_once_to_the_callback_that_made_it() -> None:
         lambda ctx: None,
         lambda ctx: ctx.custom_data.update(b=1),
     )
-    changes = [entry.changes for entry in ctx.trace]
-    assert changes == [("custom_data.a",), (), ("custom_data.b",)]
+    changed = [entry.changed for entry in ctx.trace]
+    assert changed == [("custom_data.a",), (), ("custom_data.b",)]
 
 
 def test_a_failing_callback_is_charged_with_what_it_changed() -> None:
@@ -158,7 +200,7 @@ def test_a_failing_callback_is_charged_with_what_it_changed() -> None:
     ctx = make_ctx()
     manager = make_manager(step("A", change_then_fail), on_error="warn")
     manager.hook.on_before_init(ctx=ctx)
-    assert (ctx.trace[0].outcome, ctx.trace[0].changes) == ("warned", ("custom_data.a",))
+    assert (ctx.trace[0].outcome, ctx.trace[0].changed) == ("warned", ("custom_data.a",))
 
 
 def test_a_value_that_cannot_be_compared_counts_as_changed_when_assigned() -> None:
@@ -168,8 +210,8 @@ def test_a_value_that_cannot_be_compared_counts_as_changed_when_assigned() -> No
         lambda ctx: None,
         lambda ctx: ctx.custom_data.update(array=Uncomparable()),
     )
-    changes = [entry.changes for entry in ctx.trace]
-    assert changes == [("custom_data.array",), (), ("custom_data.array",)]
+    changed = [entry.changed for entry in ctx.trace]
+    assert changed == [("custom_data.array",), (), ("custom_data.array",)]
 
 
 def test_who_changed_finds_the_last_call() -> None:
@@ -250,7 +292,7 @@ def own_key(ctx: CallbackCtx) -> None:
 
 
 @pytest.mark.parametrize("second", [same_value, own_key])
-def test_no_conflict(second: Change, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_conflict(second: Changing, caplog: pytest.LogCaptureFixture) -> None:
     with hook_log(caplog):
         run(make_ctx(), same_value, second)
     assert not caplog.messages
@@ -303,7 +345,10 @@ def test_the_table_is_aligned() -> None:
     ]
     assert columns[0] == ["hook", "callback", "process", "pid", "node", "ms", "outcome", "changed"]
     assert columns[1][:5] == ["on_before_init", "A", "driver", str(os.getpid()), "n1"]
-    assert columns[1][6:] == ["returned", "custom_data.a_rather_long_key, custom_data.other"]
+    assert columns[1][6:] == [
+        "returned",
+        "custom_data.a_rather_long_key: <absent> -> 1, custom_data.other: <absent> -> 2",
+    ]
     assert columns[2][1] == "B"
 
 
@@ -315,9 +360,31 @@ def test_the_table_of_nothing_is_its_header() -> None:
 
 def test_a_running_call_has_an_empty_time() -> None:
     trace = Trace()
-    trace.start("A", "on_before_init", "node", NodeInfo("0123456789", "10.0.0.1", is_local=False))
+    trace.add(TraceEntry("A", "on_before_init", "node", "0123456789"))
     cells = trace.table().splitlines()[2].split()
     assert cells == ["on_before_init", "A", "node", str(os.getpid()), "01234567", "running"]
+
+
+def test_the_table_names_what_ran_in_the_background_and_a_later_attempt() -> None:
+    trace = Trace()
+    trace.add(TraceEntry("A", "on_before_init", "node", "n1", background="warm_up"))
+    trace.add(TraceEntry("A", "on_before_init", "node", "n1", attempt=2))
+    first, second = trace.table().splitlines()[2:]
+    assert first.split()[1] == "A/warm_up"
+    assert second.endswith("running, attempt 2")
+
+
+def test_an_entry_knows_how_long_it_has_been_running() -> None:
+    entry = TraceEntry("A", "on_before_init", "node", "n1")
+    assert 0 <= entry.running_s <= entry.running_s
+
+
+def test_only_the_first_end_of_a_call_counts() -> None:
+    entry = TraceEntry("A", "on_before_init", "node", "n1")
+    entry.finish("timed out")
+    duration = entry.duration_s
+    entry.finish("returned")
+    assert (entry.outcome, entry.duration_s) == ("timed out", duration)
 
 
 def test_repr_is_the_table_with_a_count() -> None:
@@ -331,7 +398,7 @@ def test_format_table_leaves_no_trailing_blanks() -> None:
 
 
 def test_entries_of_another_node_follow() -> None:
-    here, there = run(make_ctx(), lambda ctx: None).trace, Trace()
-    entry: Any = there.start("Z", "h", "node", NodeInfo("n2", "10.0.0.2", is_local=False))
-    here.extend(list(there))
+    here = run(make_ctx(), lambda ctx: None).trace
+    entry = TraceEntry("Z", "on_before_download", "node", "n2")
+    here.extend([entry])
     assert here[-1] is entry

@@ -1,10 +1,15 @@
 """Initialize, and run the engine on, a placement group of your own."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.errors import CallbackConfigError
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
@@ -12,7 +17,8 @@ Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 class CustomPlacementGroup:
     """Create a placement group before anything is placed, and use it for this deployment.
 
-    Ray removes the group with the process that made it. Inside a Serve replica the group that
+    Ray removes the group with the process that made it, and this callback when the initialization
+    fails: then the process may live on. Inside a Serve replica the group that
     Serve has made stays reserved beside it; where the bundles are known when the config is
     written, prefer ``LLMConfig(placement_group_config=...)``, which shapes that one.
 
@@ -49,8 +55,17 @@ class CustomPlacementGroup:
         self.bundles = [dict(bundle) for bundle in bundles]
         self.strategy = strategy
         self.name = name
+        self._group: PlacementGroup | None = None
 
     def on_before_init(self, ctx: CallbackCtx) -> None:
         from ray.util.placement_group import placement_group
 
-        ctx.placement_group = placement_group(self.bundles, self.strategy, name=self.name)
+        self._group = placement_group(self.bundles, self.strategy, name=self.name)
+        ctx.placement_group = self._group
+
+    def on_init_failed(self, ctx: CallbackCtx) -> None:
+        from ray.util.placement_group import remove_placement_group
+
+        if self._group is not None:  # only the replica's process has made it
+            remove_placement_group(self._group)
+            self._group = None

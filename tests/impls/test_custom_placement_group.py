@@ -44,3 +44,24 @@ def test_the_group_is_made_and_used() -> None:
     remove_placement_group(ctx.placement_group)
     assert (table["name"], table["strategy"], table["state"]) == ("mine", "STRICT_PACK", "CREATED")
     assert table["bundles"] == {0: {"CPU": 1.0}, 1: {"CPU": 1.0}}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_group_goes_when_the_initialization_fails() -> None:
+    from ray.util.placement_group import placement_group_table
+
+    config = rayserve_hooks.LLMConfig(
+        model_id="tiny",
+        callbacks=[
+            {
+                "callback": "custom_placement_group",
+                "kwargs": {"bundles": [{"CPU": 1}], "name": "of a failed one"},
+            },
+            {"callback": "lifecycle_callbacks:Fail", "kwargs": {"hook": "on_before_download"}},
+        ],
+    )
+    with pytest.raises(rayserve_hooks.HookError, match="no such bucket"):
+        asyncio.run(rayserve_hooks.initialize_node(config))
+    groups = placement_group_table().values()
+    assert {g["state"] for g in groups if g["name"] == "of a failed one"} == {"REMOVED"}

@@ -1,0 +1,116 @@
+"""What all benchmarks share: rounds in turn, medians and ranges, a JSON file and a plot.
+
+The machines these run on are shared and noisy, so the sides of a comparison are measured in turn
+in one run, and what counts is the ratio of their medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
+
+
+@dataclass
+class Benchmark:
+    """One comparison.
+
+    Args:
+        name: File name of the results.
+        title: For the plot.
+        unit: Of the values; smaller is better.
+        wanted: By case, how many times more the first side must need than the last.
+        values: By case and side, one value per round.
+    """
+
+    name: str
+    title: str
+    unit: str = "s"
+    wanted: Mapping[str, float] = field(default_factory=dict)
+    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def run(
+        self,
+        cases: Sequence[str],
+        sides: Sequence[str],
+        rounds: int,
+        measure: Callable[[str, str], float],
+    ) -> None:
+        """Measure every case and side in turn, ``rounds`` times."""
+        for number in range(rounds):
+            for case in cases:
+                for side in sides:
+                    value = measure(case, side)
+                    self.values.setdefault(case, {}).setdefault(side, []).append(value)
+                    print(
+                        f"round {number + 1}: {case}, {side}: {value:.4g} {self.unit}", flush=True
+                    )
+
+    def ratio(self, case: str) -> float:
+        """How many times more the first side needs than the last."""
+        medians = [statistics.median(values) for values in self.values[case].values()]
+        return medians[0] / medians[-1]
+
+    def finish(self, notes: Mapping[str, object] | None = None) -> int:
+        """Print and write the results.
+
+        Args:
+            notes: What else belongs into the JSON file and the printed text.
+
+        Returns:
+            The exit code: 0 if every wanted ratio has been reached, else 1.
+        """
+        failed = 0
+        for case, sides in self.values.items():
+            for side, values in sides.items():
+                print(
+                    f"{case}, {side}: median {statistics.median(values):.4g} {self.unit}, range "
+                    f"{min(values):.4g} to {max(values):.4g}, {len(values)} rounds"
+                )
+            if len(sides) > 1:
+                wanted = self.wanted.get(case)
+                failed += wanted is not None and self.ratio(case) < wanted
+                first, last = list(sides)[0], list(sides)[-1]
+                print(
+                    f"{case}: ratio {self.ratio(case):.2f} ({first} / {last}"
+                    + ("" if wanted is None else f"; at least {wanted:g} is wanted")
+                    + ")"
+                )
+        for name, note in (notes or {}).items():
+            print(f"{name}: {note}")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        result = {
+            "title": self.title,
+            "unit": self.unit,
+            "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
+            "values": self.values,
+            "ratios": {case: self.ratio(case) for case, s in self.values.items() if len(s) > 1},
+            "wanted": dict(self.wanted),
+            "notes": dict(notes or {}),
+        }
+        (RESULTS / f"{self.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        return 1 if failed else 0
+
+
+def arguments(description: str | None, rounds: int = 5) -> argparse.Namespace:
+    """Parse what all benchmarks take: ``--rounds``, and the hidden ``--one`` of a fresh process."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--one", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def in_fresh_process(case: str, side: str) -> float:
+    """Run this benchmark's ``--one CASE SIDE``; it prints the value as JSON in its last line."""
+    command = [sys.executable, sys.argv[0], "--one", case, side]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))

@@ -1,0 +1,91 @@
+"""Keep the values of secrets out of traces, logs and errors."""
+
+from __future__ import annotations
+
+import enum
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+MASK = "***"
+_LONGEST = 80
+_SHORTEST_SECRET = 6  # replacing a shorter one would only garble the text
+
+_SECRET_KEY = re.compile(
+    r"passw|passphrase|secret|credential|bearer"
+    r"|(?:api|access|account|encryption|private|signing|storage)_?keys?(?:$|[^a-z0-9])"
+    r"|token(?:$|[^a-z0-9s])"  # but no tokenizer, and no max_num_batched_tokens
+    r"|(?:^|[^a-z0-9])(?:auth|authorization|cookie|pass|pwd|sas|signature)(?:$|[^a-z0-9])"
+)
+_CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+_PLAIN = (int, float, complex, type(None), enum.Enum, os.PathLike)
+
+
+def is_secret(key: object) -> bool:
+    """Tell whether a key looks like that of a secret, such as ``hf_token`` or ``apiKey``.
+
+    ``env_vars`` is one: people put all their credentials there.
+    """
+    return (
+        key == "env_vars" or _SECRET_KEY.search(_CAMEL_CASE.sub("_", str(key)).lower()) is not None
+    )
+
+
+def shown(value: object, secret: bool = False) -> str:
+    """Format a value for people, without secrets.
+
+    Strings are cut short; of an object that is no plain data only the class is named, since its
+    own repr may show anything.
+
+    Args:
+        value: Any value. A ``SecretStr`` of pydantic is masked wherever it is.
+        secret: Whether the value itself is one.
+    """
+    if secret or _is_masked(value):
+        return MASK
+    if isinstance(value, Mapping):
+        items = (f"{key!r}: {shown(item, is_secret(key))}" for key, item in value.items())
+        text = "{" + ", ".join(items) + "}"
+    elif isinstance(value, list | tuple | set | frozenset):
+        text = "[" + ", ".join(map(shown, value)) + "]"
+    elif isinstance(value, str):
+        text = repr(_USER_IN_URL.sub(MASK, value))
+    elif isinstance(value, _PLAIN):
+        text = repr(value)
+    else:
+        text = f"<{type(value).__name__}>"
+    return _short(text)
+
+
+def _is_masked(value: object) -> bool:
+    # By name: pydantic need not be imported, and clients have methods named get_secret_value.
+    return any(
+        base.__module__.startswith("pydantic.") and base.__name__.lstrip("_").startswith("Secret")
+        for base in type(value).__mro__
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def redact(text: str, values: Mapping[str, Any]) -> str:
+    """Mask the secrets among ``values`` wherever they occur in a text made by others."""
+    for secret in sorted(_secrets(values), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return _USER_IN_URL.sub(MASK, text)
+
+
+def _secrets(value: object, secret: bool = False) -> Iterable[str]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _secrets(item, secret or is_secret(key))
+    elif isinstance(value, list | tuple | set | frozenset):
+        for item in value:
+            yield from _secrets(item, secret)
+    elif _is_masked(value):
+        yield from _secrets(value.get_secret_value(), secret=True)  # type: ignore[attr-defined]
+    elif secret and isinstance(value, str) and len(value) >= _SHORTEST_SECRET:
+        yield value

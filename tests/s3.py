@@ -1,0 +1,341 @@
+"""An S3 server on loopback that counts, paces and misbehaves: ``python tests/s3.py FOLDER``.
+
+The first folder level below the root are the buckets. It checks no signatures, takes no uploads,
+and speaks HTTP by hand: ``http.server`` alone takes longer for a request than the whole client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import os
+import socket
+import socketserver
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+SO_MAX_PACING_RATE = 47
+MODIFIED = "Thu, 01 Jan 2026 00:00:00 GMT"
+REASONS = {200: "OK", 206: "Partial Content"}
+
+
+@dataclass
+class Fault:
+    """What to do to the requests for paths that end with ``path``.
+
+    Args:
+        kind: ``denied``, ``missing``, ``busy`` (503), ``throttled`` (429), ``truncated`` (half of
+            the body, then the end), ``short`` (one byte less than listed, said so), ``reset`` (half
+            of the body, then RST), ``corrupt`` (one byte flipped) or ``slow`` (``delay_s`` first).
+        path: The end of the request's path; everything ends with the empty string.
+        times: How many requests it hits.
+        method: The HTTP method it hits.
+        delay_s: For ``slow``.
+    """
+
+    kind: str
+    path: str = ""
+    times: float = float("inf")
+    method: str = "GET"
+    delay_s: float = 0.0
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: dict[str, str]
+
+
+@dataclass
+class Server:
+    """The state of a running server; tests change it while it runs.
+
+    Attributes:
+        root: The folder above the buckets.
+        url: Where it listens.
+        etags: ``md5``, ``multipart`` (as of an upload in parts), ``opaque`` (no hash at all).
+        checksums: By path: the headers that a HEAD with ``x-amz-checksum-mode`` adds.
+        crc64: Add the true CRC64NVME of every object to those.
+        page_size: Objects in one page of a listing.
+        rate: Bytes per second and connection.
+        first_byte_s: Delay of each answer.
+        faults: What goes wrong.
+        requests: ``"METHOD path"`` of each request; a listing is ``"LIST prefix"``.
+        sent: Body bytes of objects, by path.
+    """
+
+    root: Path
+    url: str = ""
+    etags: str = "md5"
+    checksums: dict[str, dict[str, str]] = field(default_factory=dict)
+    crc64: bool = False
+    page_size: int = 1000
+    rate: int | None = None
+    first_byte_s: float = 0.0
+    faults: list[Fault] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    sent: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    md5s: dict[tuple[str, int, int], str] = field(default_factory=dict)
+
+    def count(self, start: str) -> int:
+        """Count the requests that start with a text."""
+        return sum(request.startswith(start) for request in self.requests)
+
+    def forget(self) -> None:
+        """Set the counters to zero."""
+        self.requests.clear()
+        self.sent.clear()
+
+    def fault(self, request: Request) -> Fault | None:
+        with self.lock:
+            for fault in self.faults:
+                if (
+                    fault.times > 0
+                    and fault.method == request.method
+                    and request.path.endswith(fault.path)
+                ):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def etag(self, file: Path) -> str:
+        stat = file.stat()
+        if self.etags == "opaque":
+            return f"version-{stat.st_mtime_ns:x}"
+        key = (str(file), stat.st_size, stat.st_mtime_ns)
+        if key not in self.md5s:
+            with file.open("rb") as opened:
+                self.md5s[key] = hashlib.file_digest(opened, "md5").hexdigest()
+        return self.md5s[key] + ("-2" if self.etags == "multipart" else "")
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    disable_nagle_algorithm = True
+    server: _TCPServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.s3 = self.server.s3
+        if self.s3.rate:
+            self.connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, self.s3.rate)
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            while (request := self._read()) is not None and self._answer(request):
+                pass
+
+    def _read(self) -> Request | None:
+        line = self.rfile.readline().decode("latin-1")
+        if not line.strip():
+            return None
+        method, target, _ = line.split(" ", 2)
+        headers = {}
+        while (header := self.rfile.readline().decode("latin-1").strip()) != "":
+            name, _, value = header.partition(":")
+            headers[name.lower()] = value.strip()
+        parts = urlsplit(target)
+        query = parse_qs(parts.query, keep_blank_values=True)
+        return Request(method, unquote(parts.path).lstrip("/"), query, headers)
+
+    def _answer(self, request: Request) -> bool:
+        """Answer one request; tell whether the connection can go on."""
+        listing = "list-type" in request.query
+        prefix = request.query.get("prefix", [""])[0]
+        self.s3.requests.append(f"LIST {prefix}" if listing else f"{request.method} {request.path}")
+        fault = self.s3.fault(request)
+        if self.s3.first_byte_s:
+            time.sleep(self.s3.first_byte_s)
+        if fault is not None:
+            time.sleep(fault.delay_s)
+            errors = {
+                "denied": (403, "AccessDenied", "Access Denied"),
+                "missing": (404, "NoSuchKey", "The specified key does not exist."),
+                "busy": (503, "SlowDown", "Please reduce your request rate."),
+                "throttled": (429, "TooManyRequests", "Please reduce your request rate."),
+            }
+            if fault.kind in errors:
+                return self._error(*errors[fault.kind], head=request.method == "HEAD")
+        if listing:
+            return self._list(request.path.rstrip("/"), prefix, request.query)
+        return self._object(request, fault)
+
+    def _list(self, bucket: str, prefix: str, query: dict[str, list[str]]) -> bool:
+        folder = self.s3.root / bucket
+        if not folder.is_dir():
+            return self._error(404, "NoSuchBucket", "The specified bucket does not exist")
+        keys = sorted(
+            f"{os.path.relpath(parent, folder)}/{name}".removeprefix("./")
+            for parent, _, names in os.walk(folder)
+            for name in names
+        )
+        keys = [key for key in keys if key.startswith(prefix)]
+        first = int(query.get("continuation-token", ["0"])[0])
+        page = keys[first : first + self.s3.page_size]
+        last = first + len(page)
+        more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < len(keys) else ""
+        contents = "".join(
+            f"<Contents><Key>{escape(key)}</Key><Size>{(folder / key).stat().st_size}</Size>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            f"<ETag>&quot;{self.s3.etag(folder / key)}&quot;</ETag></Contents>"
+            for key in page
+        )
+        truncated = f"<IsTruncated>{str(bool(more)).lower()}</IsTruncated>"
+        text = f"<ListBucketResult>{truncated}{more}{contents}</ListBucketResult>"
+        return self._send(200, {"Content-Type": "application/xml"}, text.encode())
+
+    def _object(self, request: Request, fault: Fault | None) -> bool:
+        file = self.s3.root / request.path
+        if not file.is_file():
+            return self._error(
+                404,
+                "NoSuchKey",
+                "The specified key does not exist.",
+                head=request.method == "HEAD",
+            )
+        etag, size = f'"{self.s3.etag(file)}"', file.stat().st_size
+        if request.headers.get("if-match", etag) != etag:
+            return self._error(
+                412, "PreconditionFailed", "At least one of the pre-conditions did not hold"
+            )
+        headers = {"ETag": etag, "Last-Modified": MODIFIED, "Accept-Ranges": "bytes"}
+        if request.method == "HEAD":
+            if request.headers.get("x-amz-checksum-mode"):
+                headers |= self._checksums(request.path, file)
+            return self._send(200, headers | {"Content-Length": str(size)}, b"")
+        start, end = 0, size
+        if wanted := request.headers.get("range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last or size) + 1, size)
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        status = 206 if wanted else 200
+        if fault is not None and fault.kind == "short":
+            end -= 1
+        with file.open("rb") as opened:
+            return self._body(request, status, headers, (opened, start, end), fault)
+
+    def _body(
+        self,
+        request: Request,
+        status: int,
+        headers: dict[str, str],
+        span: tuple[BinaryIO, int, int],
+        fault: Fault | None,
+    ) -> bool:
+        opened, start, end = span
+        headers["Content-Length"] = str(end - start)
+        kind = fault.kind if fault else ""
+        if kind == "corrupt":
+            opened.seek(start)
+            body = bytearray(opened.read(end - start))
+            body[len(body) // 2] ^= 1
+            self._account(request.path, len(body))
+            return self._send(status, headers, bytes(body))
+        self._send(status, headers, None)
+        stop = start + (end - start) // 2 if kind in ("truncated", "reset") else end
+        offset = start
+        while offset < stop:
+            sent = os.sendfile(self.connection.fileno(), opened.fileno(), offset, stop - offset)
+            self._account(request.path, sent)
+            offset += sent
+        if kind == "reset":
+            # The client reads what it has been sent before the RST throws the rest away.
+            time.sleep(0.02)
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        return stop == end
+
+    def _account(self, path: str, sent: int) -> None:
+        with self.s3.lock:
+            self.s3.sent[path] += sent
+
+    def _checksums(self, path: str, file: Path) -> dict[str, str]:
+        if path in self.s3.checksums:
+            return self.s3.checksums[path]
+        return crc64_headers(file.read_bytes()) if self.s3.crc64 else {}
+
+    def _error(self, status: int, code: str, message: str, *, head: bool = False) -> bool:
+        text = (
+            f"<Error><Code>{code}</Code><Message>{message}</Message>"
+            "<AWSAccessKeyId>AKIASECRET</AWSAccessKeyId></Error>"
+        ).encode()
+        headers = {"Content-Type": "application/xml", "Content-Length": str(len(text))}
+        return self._send(status, headers, b"" if head else text)
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes | None) -> bool:
+        if body and "Content-Length" not in headers:
+            headers = headers | {"Content-Length": str(len(body))}
+        lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.wfile.write("\r\n".join([*lines, "\r\n"]).encode() + (body or b""))
+        return True
+
+
+class _TCPServer(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 256
+    s3: Server
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: a client that was killed is what many tests are about."""
+
+
+def crc64_headers(data: bytes) -> dict[str, str]:
+    """Give the headers of a HEAD for the full object's CRC64NVME."""
+    from awscrt.checksums import crc64nvme  # type: ignore[import-untyped]
+
+    value = base64.b64encode(crc64nvme(data).to_bytes(8, "big")).decode()
+    return {"x-amz-checksum-crc64nvme": value, "x-amz-checksum-type": "FULL_OBJECT"}
+
+
+@contextlib.contextmanager
+def serving(root: Path, port: int = 0) -> Iterator[Server]:
+    """Serve the buckets below ``root`` until the block ends."""
+    with _TCPServer(("127.0.0.1", port), _Handler) as tcp:
+        tcp.s3 = Server(root, f"http://127.0.0.1:{tcp.server_address[1]}")
+        thread = threading.Thread(target=tcp.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield tcp.s3
+        finally:
+            tcp.shutdown()
+            thread.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--rate", type=int, default=90_000_000)
+    parser.add_argument("--first-byte", type=float, default=0.025)
+    parser.add_argument("--crc64", action="store_true")
+    arguments = parser.parse_args()
+    with serving(arguments.root, arguments.port) as server:
+        server.rate, server.first_byte_s = arguments.rate, arguments.first_byte
+        server.crc64 = arguments.crc64
+        for file in arguments.root.rglob("*"):
+            if file.is_file():
+                server.etag(file)
+                if arguments.crc64:
+                    path = file.relative_to(arguments.root).as_posix()
+                    server.checksums[path] = crc64_headers(file.read_bytes())
+        print(server.url, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""Failures of nodes, on a real cluster of three."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import rayserve_hooks
+from rayserve_hooks import CallbackCtx, HookError
+
+if TYPE_CHECKING:
+    from rayserve_hooks import LLMConfig
+
+pytestmark = pytest.mark.ray
+
+RECORD = "failing_callbacks:Record"
+ON_NODE = "failing_callbacks:OnNode"
+
+
+@pytest.fixture(scope="module")
+def third(ray_cluster: Any) -> Iterator[Any]:
+    node = ray_cluster.cluster.add_node(num_cpus=0, resources={"third": 4})
+    yield node
+    ray_cluster.cluster.remove_node(node)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def config(log: Path, *callbacks: Any, **fields: Any) -> LLMConfig:
+    spread = {
+        "callback": "failing_callbacks:SpreadOver",
+        "kwargs": {"resources": ["other", "third"]},
+    }
+    record = {"callback": RECORD, "kwargs": {"path": str(log)}}
+    return rayserve_hooks.LLMConfig(
+        model_id="tiny", callbacks=[spread, record, *callbacks], **fields
+    )
+
+
+def on(node: str, what: str, file: Path | None = None, name: str = "") -> dict[str, Any]:
+    kwargs = {"node": node, "what": what, "file": str(file or "")}
+    return {"callback": ON_NODE, "name": name or what, "kwargs": kwargs}
+
+
+def initialize(llm_config: LLMConfig) -> CallbackCtx:
+    return asyncio.run(rayserve_hooks.initialize_node(llm_config))
+
+
+def calls(log: Path, hook: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, log.read_text().splitlines())
+    return [line for line in lines if line["hook"] == hook]
+
+
+def test_a_killed_task_is_started_again_and_counted(
+    ray_cluster: Any, third: Any, log: Path, tmp_path: Path
+) -> None:
+    ctx = initialize(config(log, on(third.node_id, "kill_once", tmp_path / "killed")))
+    attempts = {
+        call.node_id: call.attempt for call in ctx.trace if call.hook == "on_before_download"
+    }
+    assert attempts == {ray_cluster.head_id: 1, ray_cluster.other_id: 1, third.node_id: 2}
+    assert set(ctx.nodes) == set(attempts)
+
+
+def test_a_task_that_is_always_killed_names_node_callback_and_phase(
+    ray_cluster: Any, third: Any, log: Path
+) -> None:
+    with pytest.raises(
+        HookError,
+        match=rf"callback 'kill' failed in hook on_before_download on node {third.node_id} \(.*\) "
+        r"\(phase: before download\): its process was killed or the node died: .*WorkerCrashed",
+    ):
+        initialize(config(log, on(third.node_id, "kill")))
+    cleaned = calls(log, "on_init_failed")
+    assert {call["node"] for call in cleaned} == {
+        ray_cluster.head_id,
+        ray_cluster.other_id,
+        third.node_id,
+    }
+    assert cleaned[-1]["node"] == ray_cluster.head_id, "the replica's process comes last"
+
+
+def test_a_hang_is_cut_off_by_its_limit(ray_cluster: Any, third: Any, log: Path) -> None:
+    with pytest.raises(
+        HookError,
+        match=rf"callback 'hang' failed in hook on_before_download on node {third.node_id} \(.*\) "
+        r"\(phase: before download\): not done after 2 s, the time limit 'on_before_download'; "
+        "see what it waits for, or raise the limit in time_limits",
+    ):
+        initialize(config(log, on(third.node_id, "hang"), time_limits={"on_before_download": 2}))
+    by_node = {call["node"]: call for call in calls(log, "on_init_failed")}
+    assert set(by_node) == {ray_cluster.head_id, ray_cluster.other_id, third.node_id}
+    assert by_node[third.node_id]["same_instance"]
+    before = {call["node"]: call["pid"] for call in calls(log, "on_before_download")}
+    assert by_node[ray_cluster.other_id]["pid_before"] == before[ray_cluster.other_id], (
+        "a node that had ended gets back what it had left in custom_data"
+    )
+
+
+def test_the_limit_of_the_whole_names_what_is_still_running(
+    ray_cluster: Any, third: Any, log: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        HookError,
+        match=r"node initialization failed on node .* \(phase: .*\): not done after 4 s, the time "
+        r"limit 'total'; .*; still running: before download on node "
+        rf"{third.node_id} \(.*\), callback 'hang' for \d+ s",
+    ):
+        initialize(config(log, on(third.node_id, "hang"), time_limits={"total": 4}))
+    assert len(calls(log, "on_init_failed")) == 3
+
+
+def test_a_failure_stops_the_other_nodes_and_lets_them_clean_up(
+    ray_cluster: Any, third: Any, log: Path, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+    with pytest.raises(HookError, match="callback 'fail_when_the_other_has_begun' failed"):
+        initialize(
+            config(
+                log,
+                on(ray_cluster.other_id, "hang", begun),
+                on(third.node_id, "fail_when_the_other_has_begun", begun),
+            )
+        )
+    by_node = {call["node"]: call for call in calls(log, "on_init_failed")}
+    assert by_node[third.node_id]["same_instance"]
+    assert "no such bucket" in by_node[third.node_id]["error"]
+    assert by_node[ray_cluster.other_id]["same_instance"]
+    assert re.search(
+        r"HookError: node initialization failed on node .* stopped, because the initialization has "
+        "failed elsewhere or was cancelled",
+        by_node[ray_cluster.other_id]["error"],
+    )
+
+
+def test_clean_up_errors_of_all_nodes_are_collected(
+    ray_cluster: Any, third: Any, log: Path
+) -> None:
+    failing = {"callback": RECORD, "name": "lease", "kwargs": {"path": str(log), "fail": True}}
+    with pytest.raises(HookError, match="no such bucket") as caught:
+        initialize(config(log, failing, on(third.node_id, "fail")))
+    failed = caught.value.cleanup_errors
+    assert {error.node.partition(" ")[0] for error in failed} == {
+        ray_cluster.head_id,
+        ray_cluster.other_id,
+        third.node_id,
+    }
+    assert str(caught.value).count(
+        "the clean-up failed too: callback 'lease' failed in hook on_init_failed"
+    ) == len(failed)
+    assert "RuntimeError: cannot delete the lease" in str(caught.value)
+
+
+def test_a_background_task_that_fails_on_a_node_names_its_callback(third: Any, log: Path) -> None:
+    with pytest.raises(
+        HookError,
+        match=r"callback 'fail_in_background' failed in hook on_before_download on node "
+        rf"{third.node_id} .*: its background task '_restore' raised RuntimeError: no compile cache",
+    ) as caught:
+        initialize(config(log, on(third.node_id, "fail_in_background")))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_node_that_leaves_names_node_callback_and_phase(
+    ray_cluster: Any, log: Path, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+    node = ray_cluster.cluster.add_node(num_cpus=0, resources={"third": 4})
+
+    def remove() -> None:
+        while not begun.exists():  # of another process: there is nothing to wait on
+            time.sleep(0.05)
+        ray_cluster.cluster.remove_node(node, allow_graceful=False)
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    with pytest.raises(
+        HookError,
+        match=rf"callback 'hang' failed in hook on_before_download on node {node.node_id} \(.*\) "
+        r"\(phase: before download\): its process was killed or the node died",
+    ) as caught:
+        initialize(config(log, on(node.node_id, "hang", begun)))
+    remover.join()
+    assert [error.detail[:24] for error in caught.value.cleanup_errors] == [
+        "on_init_failed did not r"
+    ]
+    assert {call["node"] for call in calls(log, "on_init_failed")} == {
+        ray_cluster.head_id,
+        ray_cluster.other_id,
+    }
+
+
+def test_cancelling_cleans_up_everywhere(
+    ray_cluster: Any, third: Any, log: Path, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+
+    async def main() -> None:
+        llm_config = config(log, on(third.node_id, "hang", begun))
+        task = asyncio.create_task(rayserve_hooks.initialize_node(llm_config))
+        while not begun.exists():
+            await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    errors = {call["node"]: call["error"] for call in calls(log, "on_init_failed")}
+    assert len(errors) == 3
+    assert errors[ray_cluster.head_id].startswith("CancelledError")
+
+
+def test_no_group_that_was_made_here_is_left_after_a_limit(
+    ray_cluster: Any, tmp_path: Path
+) -> None:
+    from ray.util.placement_group import placement_group_table
+
+    def created() -> int:
+        return [group["state"] for group in placement_group_table().values()].count("CREATED")
+
+    before = created()
+    llm_config = rayserve_hooks.LLMConfig(
+        model_id="tiny",
+        callbacks=["failing_callbacks:HangInReplica"],
+        placement_group_config={"bundles": [{"CPU": 1}]},
+        time_limits={"on_before_init": 1},
+    )
+    with pytest.raises(
+        HookError,
+        match=r"callback 'HangInReplica' failed in hook on_before_init .*the time limit "
+        "'on_before_init'",
+    ):
+        initialize(llm_config)
+    assert created() == before

@@ -1,0 +1,668 @@
+"""What goes wrong between a store and the disk, against a server that does it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3
+from plugins_for_tests import hook_log
+
+from rayserve_hooks import stores, transfer
+from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.download import Mirror, download_node
+from rayserve_hooks.errors import DownloadError
+
+ALL = NodeModelDownloadable.MODEL_AND_TOKENIZER
+URI = "s3://bucket/model"
+WEIGHTS = "model.safetensors"
+RANGE = 64 * 2**10
+CHUNK = 16 * 2**10
+
+# The processes of the tests below are forked from one that has imported what they need.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(
+    ["boto3", "filelock", "huggingface_hub.constants", "obstore.store", "rayserve_hooks.download"]
+)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Server]:
+    folder = tmp_path / "buckets" / "bucket" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / WEIGHTS).write_bytes(random.Random(0).randbytes(5 * RANGE + 1000))
+    retries = {"max_retries": 2, "backoff": {"init_backoff": timedelta(milliseconds=5)}}
+    monkeypatch.setattr(stores, "_RETRIES", retries)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 0.005)
+    monkeypatch.setattr(transfer, "RANGE_BYTES", RANGE)
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(transfer, "SMALL_BYTES", CHUNK)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("RAYSERVE_HOOKS_LOCK_DIR", str(tmp_path / "locks"))
+    with s3.serving(tmp_path / "buckets") as running:
+        environment = {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_ENDPOINT_URL": running.url,
+            "AWS_REGION": "us-east-1",
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tmp_path / "hub" / "models--org--tiny"
+
+
+@pytest.fixture
+def weights(server: s3.Server) -> Path:
+    return server.root / "bucket" / "model" / WEIGHTS
+
+
+def small_units() -> None:
+    transfer.RANGE_BYTES = RANGE
+    transfer.CHUNK_BYTES = transfer.SMALL_BYTES = CHUNK
+
+
+def download() -> Path:
+    path = download_node("org/tiny", Mirror(URI), ALL)
+    assert path is not None
+    return Path(path)
+
+
+def marker(model: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(
+        (model / ".rayserve_hooks" / f"{ALL.name}.json").read_text()
+    )
+    return loaded
+
+
+def of_weights(model: Path) -> tuple[str, str]:
+    record = next(file for file in marker(model)["files"] if file["path"] == WEIGHTS)
+    return record["verified"], str(record["checksum"]).partition(":")[0]
+
+
+def assert_complete(server: s3.Server, snapshot: Path) -> None:
+    source = server.root / "bucket" / "model"
+    for file in source.rglob("*"):
+        if file.is_file():
+            assert (snapshot / file.relative_to(source)).read_bytes() == file.read_bytes()
+    state = snapshot.parent.parent / ".rayserve_hooks"
+    assert [path.name for path in state.iterdir() if path.is_file()] == [f"{ALL.name}.json"]
+    assert list((state / "partial").iterdir()) == []
+
+
+def assert_absent(model: Path) -> None:
+    assert not (model / "refs" / "main").exists()
+    assert not list(model.glob(".rayserve_hooks/*.json"))
+
+
+def test_ranges_are_parallel_requests_of_their_own(server: s3.Server, weights: Path) -> None:
+    snapshot = download()
+    assert_complete(server, snapshot)
+    assert server.count(f"GET bucket/model/{WEIGHTS}") == 6
+    assert server.sent[f"bucket/model/{WEIGHTS}"] == weights.stat().st_size
+
+
+def test_an_empty_file(server: s3.Server, weights: Path) -> None:
+    (weights.parent / "empty.txt").touch()
+    snapshot = download()
+    assert_complete(server, snapshot)
+
+
+def test_a_listing_of_many_pages(server: s3.Server, weights: Path) -> None:
+    for number in range(25):
+        (weights.parent / f"{number}.json").write_text(str(number))
+    server.page_size = 10
+    snapshot = download()
+    assert_complete(server, snapshot)
+    assert server.count("LIST") == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "pattern"),
+    [
+        (
+            "denied",
+            WEIGHTS,
+            (
+                rf"cannot fetch '{WEIGHTS}' of {URI}: .*403 Forbidden: AccessDenied: Access Denied"
+                "; check the credentials and whether they may list and read there"
+            ),
+        ),
+        (
+            "missing",
+            WEIGHTS,
+            (
+                rf"cannot fetch '{WEIGHTS}' of {URI}: .*NoSuchKey: The specified key does not exist"
+                "; check bucket, path and endpoint"
+            ),
+        ),
+        (
+            "denied",
+            "bucket",
+            (
+                rf"cannot list {URI}: .*AccessDenied: Access Denied; "
+                "check the credentials and whether they may list and read there"
+            ),
+        ),
+        (
+            "busy",
+            WEIGHTS,
+            (
+                rf"cannot fetch '{WEIGHTS}' of {URI}: .*503 Service Unavailable: SlowDown: Please "
+                "reduce your request rate; check endpoint, region, credentials and the network"
+            ),
+        ),
+        ("throttled", WEIGHTS, rf"cannot fetch '{WEIGHTS}' of {URI}: .*429 Too Many Requests.*"),
+        (
+            "short",
+            WEIGHTS,
+            rf"cannot fetch '{WEIGHTS}' of {URI}: .*",
+        ),
+        (
+            "truncated",
+            WEIGHTS,
+            (
+                rf"cannot fetch '{WEIGHTS}' of {URI}: .*GenericError: Generic S3 error: HTTP error"
+                ": request or response body error; check endpoint, region, credentials and the "
+                "network"
+            ),
+        ),
+        ("reset", WEIGHTS, rf"cannot fetch '{WEIGHTS}' of {URI}: .*body error; check .*"),
+        (
+            "corrupt",
+            WEIGHTS,
+            (
+                rf"'{WEIGHTS}' of {URI} has the checksum 'md5:[0-9a-f]{{32}}' in the store, but "
+                "'md5:[0-9a-f]{32}' here; it is damaged in the store or on the way: upload it "
+                "again, or look for a proxy that changes it"
+            ),
+        ),
+    ],
+)
+def test_a_store_that_fails_for_good(
+    kind: str, path: str, pattern: str, server: s3.Server, model: Path
+) -> None:
+    server.faults = [s3.Fault(kind, path)]
+    with pytest.raises(DownloadError, match=f"(?s)^.*{pattern}$") as caught:
+        download()
+    text = str(caught.value)
+    for secret in ("Debug source", "AKIASECRET", "list-type", "<Error>"):
+        assert secret not in text
+    assert_absent(model)
+    assert not list(model.glob(f"snapshots/*/{WEIGHTS}"))
+    server.faults = []
+    assert_complete(server, download())
+
+
+@pytest.mark.parametrize("kind", ["denied", "missing"])
+def test_what_will_not_change_is_not_asked_again(kind: str, server: s3.Server) -> None:
+    server.faults = [s3.Fault(kind, "config.json")]
+    with pytest.raises(DownloadError):
+        download()
+    assert server.count("GET bucket/model/config.json") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"),
+    [("busy", 2), ("throttled", 2), ("truncated", 4), ("reset", 4), ("short", 1), ("corrupt", 1)],
+)
+def test_a_store_that_fails_for_a_while(
+    kind: str, times: int, server: s3.Server, weights: Path
+) -> None:
+    server.faults = [s3.Fault(kind, WEIGHTS, times=times)]
+    assert_complete(server, download())
+    if kind in ("truncated", "reset"):
+        # Ranges go on where they broke off.
+        assert server.sent[f"bucket/model/{WEIGHTS}"] == weights.stat().st_size
+
+
+def test_a_small_file_that_arrives_damaged_is_fetched_again(server: s3.Server) -> None:
+    server.faults = [s3.Fault("corrupt", "config.json", times=1)]
+    assert_complete(server, download())
+    assert server.count("GET bucket/model/config.json") == 2
+    assert server.count(f"GET bucket/model/{WEIGHTS}") == 6
+
+
+def test_an_endpoint_where_nobody_listens(
+    server: s3.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    pattern = rf"^cannot list {URI}: .*; check endpoint, region, credentials and the network$"
+    with pytest.raises(DownloadError, match=pattern):
+        download()
+
+
+def test_a_file_is_never_mixed_from_two_versions(
+    server: s3.Server, weights: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list_files = stores.Source.list_files
+
+    def changed_after_listing(source: stores.Source) -> Any:
+        found = list_files(source)
+        weights.write_bytes(bytes(weights.stat().st_size))
+        return found
+
+    monkeypatch.setattr(stores.Source, "list_files", changed_after_listing)
+    pattern = (
+        rf"^cannot fetch '{WEIGHTS}' of {URI}: .*412 Precondition Failed: .*; the object has "
+        "changed under the download; try again when its upload is over$"
+    )
+    with pytest.raises(DownloadError, match=pattern):
+        download()
+    assert_absent(model)
+
+
+def test_an_object_whose_path_leaves_the_folder() -> None:
+    class Store:
+        def list(self) -> list[list[dict[str, Any]]]:
+            return [[{"path": path, "size": 1, "e_tag": "x"}]]
+
+    for path in ("../evil", "a/../../evil", "/etc/evil"):
+        text = f"{URI} holds an object {path!r}, which would leave the folder it goes to; rename it"
+        source = stores.Source(URI, Store())  # type: ignore[arg-type]
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+            source.list_files()
+
+
+def test_a_message_keeps_no_secrets() -> None:
+    error = RuntimeError(
+        "GET https://user:pass@host/x?sig=SECRET&se=1 failed: <Error><Code>Bad</Code><Message>no"
+        "</Message><StringToSign>SECRET</StringToSign></Error>\n\nDebug source:\nSECRET"
+    )
+    text = "cannot open s3://b: RuntimeError: GET https://host/x failed: Bad: no; check this"
+    assert str(stores.failure("cannot open s3://b?sig=SECRET", error, "this")) == text
+
+
+class TestVerification:
+    def test_an_etag_that_is_an_md5(self, server: s3.Server, model: Path) -> None:
+        download()
+        assert of_weights(model) == ("checksum", "md5")
+        assert marker(model)["verified"] == "checksum"
+        assert server.count("HEAD") == 0
+
+    @pytest.mark.parametrize("etags", ["multipart", "opaque"])
+    def test_another_etag(self, etags: str, server: s3.Server, model: Path) -> None:
+        server.etags, server.crc64 = etags, True
+        download()
+        assert of_weights(model) == ("checksum", "crc64nvme")
+
+    def test_no_checksum_at_all(self, server: s3.Server, model: Path) -> None:
+        server.etags = "multipart"
+        download()
+        assert of_weights(model) == ("size", "crc64nvme")
+        assert marker(model)["verified"] == "size"
+
+    def test_a_checksum_of_checksums_is_none(
+        self, server: s3.Server, model: Path, weights: Path
+    ) -> None:
+        server.etags = "multipart"
+        headers = {"x-amz-checksum-crc32c": "AAAAAA==-2", "x-amz-checksum-type": "COMPOSITE"}
+        server.checksums[f"bucket/model/{WEIGHTS}"] = headers
+        download()
+        assert of_weights(model)[0] == "size"
+
+    @pytest.mark.parametrize("algorithm", ["crc32c", "crc32", "sha256", "sha1"])
+    def test_the_other_checksums_of_s3(
+        self, algorithm: str, server: s3.Server, model: Path, weights: Path
+    ) -> None:
+        server.etags = "multipart"
+        hashing = stores.new_hash(algorithm)
+        assert hashing is not None
+        hashing.update(weights.read_bytes())
+        server.checksums[f"bucket/model/{WEIGHTS}"] = {
+            f"x-amz-checksum-{algorithm}": base64.b64encode(hashing.digest()).decode(),
+            "x-amz-checksum-type": "FULL_OBJECT",
+        }
+        download()
+        assert of_weights(model) == ("checksum", algorithm)
+
+    def test_a_wrong_checksum(self, server: s3.Server, model: Path) -> None:
+        server.etags = "multipart"
+        server.checksums[f"bucket/model/{WEIGHTS}"] = s3.crc64_headers(b"something else")
+        pattern = r"has the checksum 'crc64nvme:\S{12}' in the store, but 'crc64nvme:\S{12}' here; "
+        with pytest.raises(DownloadError, match=pattern):
+            download()
+        assert server.count(f"GET bucket/model/{WEIGHTS}") == 12
+        assert_absent(model)
+        assert list((model / ".rayserve_hooks" / "partial").iterdir()) == []
+
+    @pytest.mark.parametrize("with_checksum", [True, False])
+    def test_the_etag_of_an_encrypted_object_is_no_md5(
+        self, with_checksum: bool, server: s3.Server, model: Path, weights: Path
+    ) -> None:
+        stat = weights.stat()
+        server.md5s[str(weights), stat.st_size, stat.st_mtime_ns] = "0" * 32
+        headers = s3.crc64_headers(weights.read_bytes()) if with_checksum else {}
+        headers["x-amz-server-side-encryption"] = "aws:kms"
+        server.checksums[f"bucket/model/{WEIGHTS}"] = headers
+        download()
+        assert of_weights(model) == ("checksum" if with_checksum else "size", "crc64nvme")
+
+    def test_s3_is_asked_for_large_files(
+        self, server: s3.Server, model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transfer, "_HEAD_ABOVE_BYTES", RANGE)
+        server.crc64 = True
+        download()
+        assert of_weights(model) == ("checksum", "crc64nvme")
+        assert [request for request in server.requests if request.startswith("HEAD")] == [
+            f"HEAD bucket/model/{WEIGHTS}"
+        ]
+
+    def test_a_head_that_is_denied_is_told(
+        self, server: s3.Server, model: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        server.etags = "multipart"
+        server.faults = [s3.Fault("denied", method="HEAD")]
+        with hook_log(caplog):
+            download()
+        assert of_weights(model)[0] == "size"
+        assert f"no checksum for {WEIGHTS} of {URI}: " in caplog.text
+
+    @pytest.mark.parametrize("missing", ["boto3", "awscrt.checksums"])
+    def test_without_the_libraries(
+        self,
+        missing: str,
+        server: s3.Server,
+        model: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        server.etags, server.crc64 = "multipart", True
+        monkeypatch.setitem(sys.modules, missing, None)
+        if missing == "awscrt.checksums":
+            monkeypatch.delattr("awscrt.checksums")
+        with hook_log(caplog):
+            assert_complete(server, download())
+        assert of_weights(model) == ("size", "crc64nvme" if missing == "boto3" else "None")
+        assert ("their checksum takes 'boto3'; install" in caplog.text) == (missing == "boto3")
+
+
+class TestResume:
+    def test_only_what_is_missing_is_fetched_after_a_failure(
+        self, server: s3.Server, weights: Path
+    ) -> None:
+        server.faults = [s3.Fault("denied", WEIGHTS, times=1)]
+        with pytest.raises(DownloadError):
+            download()
+        missing = missing_bytes(server)
+        server.forget()
+        assert_complete(server, download())
+        assert sum(server.sent.values()) == missing
+
+    def test_a_journal_line_that_was_cut_off_does_not_count(self, tmp_path: Path) -> None:
+        journal = tmp_path / "journal"
+        journal.write_text("0 64\n64 128\n128 19")
+        assert transfer._journaled(journal) == {(0, 64), (64, 128)}
+
+    def test_a_journal_without_its_file_does_not_count(
+        self, server: s3.Server, weights: Path, model: Path
+    ) -> None:
+        server.faults = [s3.Fault("denied", WEIGHTS, times=1)]
+        with pytest.raises(DownloadError):
+            download()
+        for partial in model.glob(".rayserve_hooks/partial/*.partial"):
+            partial.unlink()
+        assert_complete(server, download())
+
+    def test_partial_files_of_older_versions_are_removed(
+        self, server: s3.Server, weights: Path, model: Path
+    ) -> None:
+        server.faults = [s3.Fault("denied", WEIGHTS, times=1)]
+        with pytest.raises(DownloadError):
+            download()
+        partial = model / ".rayserve_hooks" / "partial"
+        old = {path.name for path in partial.iterdir()}
+        (partial / "not-ours.partial").touch()
+        weights.write_bytes(b"new" * RANGE)
+        snapshot = download()
+        assert (snapshot / WEIGHTS).read_bytes() == b"new" * RANGE
+        assert old
+        assert [path.name for path in partial.iterdir()] == ["not-ours.partial"]
+
+    def test_a_killed_download_goes_on_where_it_was(
+        self, server: s3.Server, weights: Path, model: Path
+    ) -> None:
+        numbers = random.Random(1)
+        for number in range(3):
+            weights.with_name(f"{number}.bin").write_bytes(numbers.randbytes(3 * RANGE))
+        for number in range(20):
+            weights.with_name(f"{number}.json").write_bytes(numbers.randbytes(2000))
+        total = sum(file.stat().st_size for file in weights.parent.iterdir())
+        server.rate, server.first_byte_s = 2_000_000, 0.001
+        resumed = 0
+        for _ in range(20):
+            subprocess.run(["rm", "-rf", str(model)], check=True)
+            server.forget()
+            kill_after(server, int(total * numbers.random()))
+            missing = missing_bytes(server)
+            if missing:
+                assert_absent(model)
+            resumed += 0 < missing < total
+            server.forget()
+            assert_complete(server, download())
+            assert sum(server.sent.values()) == missing
+        assert resumed >= 10
+
+
+def missing_bytes(server: s3.Server) -> int:
+    """Tell from the disk what a next run has to fetch."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    model = Path(HF_HUB_CACHE) / "models--org--tiny"
+    source = server.root / "bucket" / "model"
+    missing = 0
+    for file in source.iterdir():
+        size = file.stat().st_size
+        if (model / "snapshots" / ("0" * 40) / file.name).exists():
+            continue
+        missing += size
+        if size > CHUNK:
+            name = f"{transfer._hash(file.name)}-*.journal"
+            for journal in (model / ".rayserve_hooks" / "partial").glob(name):
+                missing -= sum(end - start for start, end in transfer._journaled(journal))
+    return missing
+
+
+def kill_after(server: s3.Server, sent: int) -> None:
+    process = PROCESSES.Process(target=child, args=(environment(),))
+    process.start()
+    while sum(server.sent.values()) < sent and process.is_alive():
+        time.sleep(0.0005)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    # The server's threads count what they were sending.
+    time.sleep(0.1)
+
+
+def environment() -> dict[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    names = [name for name in os.environ if name.startswith(("AWS_", "RAYSERVE_"))]
+    return {**{name: os.environ[name] for name in names}, "TEST_HUB_CACHE": HF_HUB_CACHE}
+
+
+def child(variables: dict[str, str], barrier: Any = None) -> None:
+    import huggingface_hub.constants
+
+    os.environ.update(variables)
+    huggingface_hub.constants.HF_HUB_CACHE = variables["TEST_HUB_CACHE"]
+    small_units()
+    if barrier is not None:
+        barrier.wait()
+    assert (download() / WEIGHTS).stat().st_size == 5 * RANGE + 1000
+
+
+def test_sixteen_processes_download_once(server: s3.Server, weights: Path) -> None:
+    server.rate = 2_000_000
+    barrier = PROCESSES.Barrier(16)
+    processes = [PROCESSES.Process(target=child, args=(environment(), barrier)) for _ in range(16)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 16
+    assert server.sent == {
+        f"bucket/model/{file.name}": file.stat().st_size for file in weights.parent.iterdir()
+    }
+    assert server.count("LIST") == 16
+
+
+def run_alone(server: s3.Server, script: str, *command: str) -> str:
+    """Run Python code in a process of its own that has the server's environment."""
+    prologue = f"""
+        import os, sys
+        from pathlib import Path
+        import huggingface_hub.constants
+        from rayserve_hooks import transfer
+        from rayserve_hooks.context import NodeModelDownloadable
+        from rayserve_hooks.download import Mirror, download_node
+        def download(hub):
+            huggingface_hub.constants.HF_HUB_CACHE = hub
+            return download_node("org/tiny", Mirror({URI!r}), NodeModelDownloadable["{ALL.name}"])
+    """
+    code = textwrap.dedent(prologue) + textwrap.dedent(script)
+    done = subprocess.run(
+        [*command, sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# A disk of its own takes no rights here: in a user namespace everybody may mount a tmpfs.
+SMALL_DISK = """
+    import subprocess
+    hub = os.environ["TEST_DISK"]
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", hub], check=True)
+    {before}
+    try:
+        download(hub)
+    except Exception as error:
+        print(type(error).__name__, error)
+    print(list(Path(hub).glob("models--*/refs/main")), list(Path(hub).glob("*/snapshots/*/model*")))
+"""
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_disk_that_is_too_small(
+    checked: bool,
+    server: s3.Server,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights.write_bytes(bytes(4 * 2**20))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setenv("TEST_DISK", str(disk))
+    before = "" if checked else "transfer._check_target = lambda *arguments: None"
+    out = run_alone(server, SMALL_DISK.format(before=before), "unshare", "-rm")
+    if checked:
+        pattern = (
+            r"DownloadError '\S+/snapshots/0{40}' has [\d,]+ bytes free, but 5,284,\d{3} are "
+            r"needed; free some, or set HF_HOME to move the cache"
+        )
+        assert server.count("GET") == 0
+    else:
+        pattern = (
+            r"DownloadError cannot write '\S+': OSError: \[Errno 28\] No space left on device; "
+            r"check the permissions and the free space there, or set HF_HOME to move the cache"
+        )
+    assert re.fullmatch(rf"{pattern}\n\[\] \[\]\n", out), out
+
+
+def test_memory_stays_small_with_a_large_file(
+    server: s3.Server, weights: Path, tmp_path: Path
+) -> None:
+    server.etags = "opaque"
+    with weights.open("wb") as file:
+        file.truncate(512 * 2**20)
+    script = f"""
+        import resource, boto3, awscrt.checksums, obstore.store
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        before = peak()
+        download({str(tmp_path / "hub")!r})
+        print(peak() - before)
+    """
+    assert int(run_alone(server, script)) < 256
+
+
+def test_a_folder_that_cannot_be_written(server: s3.Server, tmp_path: Path) -> None:
+    (tmp_path / "hub").touch()
+    pattern = (
+        r"^cannot write '.*/hub/models--org--tiny/.*': NotADirectoryError: .*; check the "
+        "permissions and the free space there, or set HF_HOME to move the cache$"
+    )
+    with pytest.raises(DownloadError, match=pattern):
+        download()
+    assert server.count("GET") == 0
+
+
+class TestProgress:
+    def test_the_log_says_how_far_it_is(
+        self, server: s3.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr(transfer, "REPORT_S", 0.05)
+        server.faults = [s3.Fault("slow", WEIGHTS, delay_s=0.3)]
+        with hook_log(caplog):
+            download()
+        assert re.search(rf"{URI}: 0\.00 of 0\.00 GB \(\d+%\), \d\.\d\d GB/s", caplog.text)
+        last = caplog.records[-1].getMessage()
+        pattern = (
+            rf"{URI}: fetched 2 files, 0\.00 GB, in \d\.\d s, \d\.\d\d GB/s; "
+            r"0\.00 GB were there already"
+        )
+        assert re.fullmatch(pattern, last)
+
+    @pytest.mark.parametrize("watched", ["1", "0", None])
+    def test_a_bar_is_shown_if_a_person_watches(
+        self, watched: str | None, server: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        bars: list[Any] = []
+
+        class Bar:
+            def __init__(self, **options: Any) -> None:
+                self.n, self.options, self.closed = 0, options, False
+                bars.append(self)
+
+            def update(self, count: int) -> None:
+                self.n += count
+
+            def close(self) -> None:
+                self.closed = True
+
+        fake = types.SimpleNamespace(tqdm_ray=types.SimpleNamespace(tqdm=Bar))
+        monkeypatch.setitem(sys.modules, "ray.experimental", fake)
+        if watched is None:
+            monkeypatch.delenv("RAYSERVE_HOOKS_PROGRESS", raising=False)
+            monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+        else:
+            monkeypatch.setenv("RAYSERVE_HOOKS_PROGRESS", watched)
+        download()
+        if watched == "0":
+            assert bars == []
+            return
+        total = 5 * RANGE + 1000 + 2
+        assert [(bar.n, bar.closed, bar.options["total"]) for bar in bars] == [(total, True, total)]
