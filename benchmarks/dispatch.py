@@ -57,11 +57,11 @@ def microseconds(count: int, side: str) -> float:
         bare.add_hookspecs(Spec)
         for callback in callbacks:
             bare.register(callback)
-        call = lambda: bare.hook.on_after_init(ctx=ctx)  # noqa: E731 - as in timeit's own docs
+        call = lambda: bare.hook.on_after_init(ctx=ctx)
     elif side == "ours":
         named = [{"callback": Callback, "name": f"c{i}"} for i in range(count)]
         manager = PluginManager(CallbackStack("bench", parse_callbacks(named)))
-        call = lambda: manager.hook.on_after_init(ctx=ctx)  # noqa: E731
+        call = lambda: manager.hook.on_after_init(ctx=ctx)
     number = max(1, 2000 // count)
     best = min(timeit.repeat(call, number=number, repeat=7))
     return best / number * 1e6

@@ -22,7 +22,6 @@ from report import Benchmark, arguments, in_fresh_process
 ROOT = Path(__file__).parent.parent
 SIDES = ("stock Ray", "ours")
 CASE = "tiny model, 3 tasks"
-TASK_S = 1.0
 
 
 def stock_callback() -> type:
@@ -31,7 +30,7 @@ def stock_callback() -> type:
     class Stock(CallbackBase):
         async def on_before_node_init(self) -> None:
             for _ in range(3):
-                time.sleep(1.0)  # as people write it; TASK_S is not there in the replica
+                time.sleep(1.0)  # noqa: ASYNC251 - as people write it
 
     return Stock
 
@@ -94,9 +93,7 @@ def main() -> int:
         print(json.dumps(first_token(options.one[1])))
         return 0
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    benchmark = Benchmark(
-        "first_token", "From serve.run to the first token", wanted={CASE: 1.2}
-    )
+    benchmark = Benchmark("first_token", "From serve.run to the first token", wanted={CASE: 1.2})
     benchmark.run([CASE], SIDES, options.rounds, in_fresh_process)
     return benchmark.finish()
 

@@ -91,7 +91,7 @@ def seconds(case: str, side: str) -> float:
     import ray.llm._internal.serve.engines.vllm.vllm_engine
     from ray.cluster_utils import Cluster
 
-    nodes = int(case.split()[0])
+    nodes = int(case.partition(" ")[0])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     for _ in range(nodes - 1):
         cluster.add_node(num_cpus=1)
@@ -112,7 +112,7 @@ def main() -> int:
         return 0
     benchmark = Benchmark("node_init", "Node initialization, nothing to download", wanted=WANTED)
     benchmark.run(CASES, SIDES, options.rounds, in_fresh_process)
-    counts = [int(case.split()[0]) for case in CASES]
+    counts = [int(case.partition(" ")[0]) for case in CASES]
     notes = {}
     for side in SIDES:
         medians = [statistics.median(benchmark.values[case][side]) for case in CASES]

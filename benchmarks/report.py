@@ -79,7 +79,7 @@ class Benchmark:
             if len(sides) > 1:
                 wanted = self.wanted.get(case)
                 failed += wanted is not None and self.ratio(case) < wanted
-                first, last = list(sides)[0], list(sides)[-1]
+                first, last = next(iter(sides)), next(reversed(sides))
                 print(
                     f"{case}: ratio {self.ratio(case):.2f} ({first} / {last}"
                     + ("" if wanted is None else f"; at least {wanted:g} is wanted")

@@ -54,6 +54,10 @@ class ThreadCall(Generic[T]):
         _running_call.set(self)
         try:
             self.future.set_result(func())
+        except StopIteration as error:  # an asyncio future refuses one, and never ends
+            failure = RuntimeError("it raised StopIteration")
+            failure.__cause__ = error
+            self.future.set_exception(failure)
         except BaseException as error:  # whoever waits for the future gets it
             self.future.set_exception(error)
 
@@ -73,10 +77,11 @@ class ThreadCall(Generic[T]):
     def wait_for(self, coroutine: Coroutine[Any, Any, R]) -> R:
         """Await a coroutine of this call, from its thread."""
         with self._lock:
+            if self._given_up:
+                coroutine.close()
+                self.check()
             future = asyncio.run_coroutine_threadsafe(coroutine, self.loop or process_loop())
             self._coroutines.add(future)
-            if self._given_up:
-                future.cancel()
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -99,6 +104,8 @@ async def run_in_thread(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
         return await asyncio.shield(ended)
     except asyncio.CancelledError:
         call.give_up()
+        # Or Python complains later that nobody asked how it ended.
+        ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await asyncio.wait([ended], timeout=_GIVE_UP_S)  # for its coroutines to clean up
         raise
 

@@ -125,6 +125,8 @@ def _llm_configs(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not isinstance(applications, list):
         raise CallbackConfigError(f"{path!r} has no list 'applications'; name a Serve config file")
     for application in applications:
+        if not isinstance(application, Mapping):
+            raise CallbackConfigError(f"{path!r}: applications holds {application!r}, no mapping")
         arguments = application.get("args") or {}
         for config in arguments.get("llm_configs") or ():
             # Ray takes the path of a file that holds the config, too.

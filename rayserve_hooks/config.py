@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from rayserve_hooks import _ray
 from rayserve_hooks.errors import CallbackConfigError, Problems
 from rayserve_hooks.limits import TimeLimits
 from rayserve_hooks.loading import parse_callbacks
-from rayserve_hooks.manager import get_plugin_manager
+from rayserve_hooks.manager import PluginManager, get_plugin_manager, stack_of
 
 
 class LLMConfig(RayLLMConfig):
@@ -104,13 +105,13 @@ class LLMConfig(RayLLMConfig):
         self.callback_config = _ray.hooks_callback_config(
             self.callbacks, self.time_limits, settings.raise_error_on_callback
         )
-        if any(entry.only_on_cluster for entry in self.callbacks):
-            for entry in self.callbacks:
-                with problems.collected():
-                    entry.check()
-        else:
-            with problems.collected():
-                get_plugin_manager(self)
+        with problems.collected():
+            stack = stack_of(self)
+            here = tuple(entry for entry in stack.entries if not entry.only_on_cluster)
+            if here == stack.entries:
+                get_plugin_manager(stack)
+            else:
+                PluginManager(dataclasses.replace(stack, entries=here))
         for entry in self.callbacks:
             with problems.collected():
                 entry.freeze()

@@ -6,7 +6,7 @@ import difflib
 import enum
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -305,7 +305,13 @@ class CallbackCtx:
     def trace(self) -> Trace:
         return self._trace  # type: ignore[no-any-return]
 
-    def run_in_background(self, fn: Callable[..., T | Awaitable[T]], *args: Any) -> Future[T]:
+    @overload
+    def run_in_background(
+        self, fn: Callable[..., Coroutine[Any, Any, T]], *args: Any
+    ) -> Future[T]: ...
+    @overload
+    def run_in_background(self, fn: Callable[..., T], *args: Any) -> Future[T]: ...
+    def run_in_background(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
         """Start ``fn(*args)`` beside the rest of the hooks and the download of this node.
 
         The node is ready, and ``on_after_init`` runs, when all that was started so has ended.
@@ -330,7 +336,7 @@ class CallbackCtx:
         name = getattr(fn, "__name__", type(fn).__name__)
         entry = self._entry(running.callback, running.hook, background=name)
 
-        def run() -> T:
+        def run() -> Any:
             outcome = "failed"
             try:
                 result = fn(*args)

@@ -23,11 +23,12 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.errors import DownloadError, describe
@@ -213,6 +214,8 @@ class _Records:
         self._known: dict[tuple[str, str], _Record] = {}
         self._revisions: dict[str, str] = {}
         self._current: dict[str, _Record] = {}
+        self._log_file: TextIO | None = None
+        self._lock = threading.Lock()
         for path in sorted(folder.glob("*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 self._read_marker(json.loads(path.read_text()))
@@ -265,9 +268,16 @@ class _Records:
             content.verified,
         )
         line = json.dumps({"uri": self._uri, **vars(record)})
-        with self._log.open("a") as log:
-            log.write(f"{line}\n")
+        with self._lock:
+            if self._log_file is None:
+                self._log_file = self._log.open("a", buffering=1)
+            self._log_file.write(f"{line}\n")
         self.keep(record)
+
+    def close(self) -> None:
+        if self._log_file is not None:
+            self._log_file.close()
+            self._log_file = None
 
     def finish(self, revision: str, hash_object: RemoteFile | None) -> None:
         """Write the marker: the download is complete."""
@@ -303,13 +313,17 @@ def _complete(
         raise unwritable(error, folder) from error
     logger.info("%s: %d files, %d to fetch into %s", source.uri, len(wanted), len(missing), folder)
     if not missing:
+        records.close()
         return
 
     def publish(file: RemoteFile, content: Content, partial: Path) -> None:
         records.add(revision, file, content, partial)
         partial.replace(folder / file.path)
 
-    fetched = fetch(source, missing, folder, records.folder / "partial", publish)
+    try:
+        fetched = fetch(source, missing, folder, records.folder / "partial", publish)
+    finally:
+        records.close()
     seconds = time.monotonic() - started
     logger.info(
         "%s: fetched %d files, %.2f GB, in %.1f s, %.2f GB/s; %.2f GB were there already",

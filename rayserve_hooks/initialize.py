@@ -417,5 +417,5 @@ def _blame(ctx: CallbackCtx, path: str, phase: str, error: Exception) -> HookErr
         hook=setter.hook if setter else None,
         node=str(ctx.node),
         phase=phase,
-        detail=f"ctx.{path}: {describe(error)}",
+        detail=redact(f"ctx.{path}: {describe(error)}", ctx._values),
     )

@@ -167,6 +167,10 @@ class PluginManager(pluggy.PluginManager):
         """Tell whether a callback's failure is only logged."""
         return callback in self._warns
 
+    def kwargs_of(self, callback: str) -> Mapping[str, Any]:
+        """Give a callback's constructor arguments; their secrets stay out of errors."""
+        return self._kwargs.get(callback, {})
+
     def clean_up(
         self, ctx: CallbackCtx, error: BaseException, started: Iterable[str]
     ) -> list[HookError]:
@@ -204,7 +208,7 @@ class PluginManager(pluggy.PluginManager):
             hook,
             impl.argnames.index("ctx"),
             self.warns(impl.plugin_name),
-            self._kwargs.get(impl.plugin_name, {}),
+            self.kwargs_of(impl.plugin_name),
         )
         _pluggy.replace_function(impl, wrap(call))
 
@@ -395,8 +399,8 @@ def hook_error(
     ctx: CallbackCtx,
     callback: str,
     hook: str,
-    what: str = "",
     *,
+    what: str = "",
     kwargs: Mapping[str, Any] | None = None,
 ) -> HookError:
     """Make the `HookError` of what a callback raised, which becomes its cause.

@@ -28,9 +28,11 @@ def is_secret(key: object) -> bool:
 
     ``env_vars`` is one: people put all their credentials there.
     """
-    return (
-        key == "env_vars" or _SECRET_KEY.search(_CAMEL_CASE.sub("_", str(key)).lower()) is not None
-    )
+    return key == "env_vars" or _names_secret(key)
+
+
+def _names_secret(key: object) -> bool:
+    return _SECRET_KEY.search(_CAMEL_CASE.sub("_", str(key)).lower()) is not None
 
 
 def shown(value: object, secret: bool = False) -> str:
@@ -72,7 +74,11 @@ def _short(text: str) -> str:
 
 
 def redact(text: str, values: Mapping[str, Any]) -> str:
-    """Mask the secrets among ``values`` wherever they occur in a text made by others."""
+    """Mask the secrets among ``values`` wherever they occur in a text made by others.
+
+    Of ``env_vars`` only those whose own names say so: most are paths and numbers, which the text
+    of an error needs.
+    """
     for secret in sorted(_secrets(values), key=len, reverse=True):
         text = text.replace(secret, MASK)
     return _USER_IN_URL.sub(MASK, text)
@@ -81,7 +87,7 @@ def redact(text: str, values: Mapping[str, Any]) -> str:
 def _secrets(value: object, secret: bool = False) -> Iterable[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _secrets(item, secret or is_secret(key))
+            yield from _secrets(item, secret or _names_secret(key))
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
             yield from _secrets(item, secret)

@@ -177,9 +177,10 @@ async def time_limit(
     except TimeoutError as error:
         if not deadline.expired():
             raise
-        running = ctx._running
+        running = ctx._running or _interrupted(ctx)
         if running is not None:
             running.finish("timed out")
+            running.outcome = "timed out"
         raise HookError(
             callback=running.callback if running else None,
             hook=running.hook if running else None,
@@ -188,6 +189,11 @@ async def time_limit(
             detail=f"not done after {seconds:g} s, the time limit {name!r}; see what it waits "
             "for, or raise the limit in time_limits",
         ) from error
+
+
+def _interrupted(ctx: CallbackCtx) -> TraceEntry | None:
+    """Find the async call that has ended because its wait was cancelled, the innermost one."""
+    return next((entry for entry in reversed(ctx.trace) if entry.outcome == "interrupted"), None)
 
 
 async def with_background(
@@ -219,8 +225,9 @@ async def with_background(
     finally:
         for future in (main, *tasks):
             future.cancel()
-        for task in tasks.values():
+        for task in (*tasks.values(), *ctx._background):  # some it has not noticed yet
             task.call.give_up()
+        ctx._background.clear()
         await asyncio.wait([main])
         if not main.cancelled():
             main.exception()  # or Python complains that nobody asked, where another error won
@@ -236,7 +243,14 @@ def _settle(
         raise error
     entry = task.entry
     what = f"its background task {entry.background!r} raised "
-    failure = hook_error(error, ctx, entry.callback, entry.hook, what)
+    failure = hook_error(
+        error,
+        ctx,
+        entry.callback,
+        entry.hook,
+        what=what,
+        kwargs=manager.kwargs_of(entry.callback),
+    )
     if not manager.warns(entry.callback):
         raise failure
     entry.outcome = "warned"
@@ -280,7 +294,7 @@ def run_node_task(request: NodeRequest) -> Iterator[NodeStatus | NodeReply]:
     Raises:
         HookError: A callback or the download failed; ``on_init_failed`` has run.
     """
-    statuses: queue.Queue[tuple[NodeStatus, threading.Event]] = queue.Queue()
+    statuses: queue.Queue[tuple[NodeStatus, threading.Event] | None] = queue.Queue()
     phase = "before download"
 
     def report(running: TraceEntry | None) -> threading.Event:
@@ -303,12 +317,18 @@ def run_node_task(request: NodeRequest) -> Iterator[NodeStatus | NodeReply]:
     work = _start(
         with_background(manager, ctx, initialize_this_node(manager, ctx, request.source, on_phase))
     )
+    work.add_done_callback(lambda _: statuses.put(None))
     try:
-        while not (work.done() and statuses.empty()):
-            with contextlib.suppress(queue.Empty):
-                status, sent = statuses.get(timeout=_POLL_S if not work.done() else 0)
-                yield status
-                sent.set()
+        while True:
+            try:
+                report_or_end = statuses.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if report_or_end is None:
+                break
+            status, sent = report_or_end
+            yield status
+            sent.set()
         # custom_data goes back key by key, so that one that cannot travel is an error naming it.
         custom_data = pack_custom_data(ctx, request.custom_data_setters)
         reply = NodeReply(work.result(), custom_data, ctx.extra_init_kwargs, list(ctx.trace))

@@ -97,7 +97,7 @@ def new_hash(algorithm: str) -> _Hash | None:
     if algorithm in ("md5", "sha1", "sha256"):
         return hashlib.new(algorithm, usedforsecurity=False)
     try:
-        from awscrt import checksums  # type: ignore[import-untyped]
+        from awscrt import checksums
     except ImportError:
         return _Crc(zlib.crc32, 4) if algorithm == "crc32" else None
     return _Crc(getattr(checksums, algorithm), 8 if algorithm == "crc64nvme" else 4)
@@ -201,9 +201,9 @@ class Source:
     @functools.cached_property
     def _s3_client(self) -> Any:
         try:
-            import boto3  # type: ignore[import-untyped]
-            from botocore import UNSIGNED  # type: ignore[import-untyped]
-            from botocore.config import Config  # type: ignore[import-untyped]
+            import boto3
+            from botocore import UNSIGNED
+            from botocore.config import Config
         except ImportError:
             logger.warning(
                 "%s: some files are verified by size only, because their checksum takes 'boto3'; "

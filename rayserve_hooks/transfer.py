@@ -11,7 +11,6 @@ S3 objects without a full checksum have none: there it is size and version.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import hashlib
@@ -21,13 +20,16 @@ import random
 import re
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayserve_hooks import aio
 from rayserve_hooks.errors import DownloadError, describe
 from rayserve_hooks.stores import Head, RemoteFile, Source, checksum_of, checksum_text, failure
 from rayserve_hooks.trace import LOGGER_NAME
@@ -38,19 +40,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(LOGGER_NAME)
 
 RANGE_BYTES = 16 * 2**20
-# Memory in use is about three chunks for each stream, or all small files that are under way.
-CHUNK_BYTES = 3 * 2**19
+# Small enough that a buffer is used again: larger ones cost more to get from the system than to
+# fill. Memory in use is about three chunks for each stream, or all small files under way.
+CHUNK_BYTES = 2**18
+# Threads, not an event loop: with these it takes a third less to move the same bytes.
 STREAMS = 24
 SMALL_BYTES = 2**18
 # Small files are all waiting: 20 to 30 ms each for their first byte.
-REQUESTS = 128
+SMALL_STREAMS = 96
 # obstore repeats requests, and bodies too where it can; this covers the bodies it cannot.
 BODY_ATTEMPTS = 4
 BACKOFF_S = 0.2
 REPORT_S = 5.0
 # MD5 costs more than the download, so for large files S3 is asked for something faster.
 _HEAD_ABOVE_BYTES = 64 * 2**20
-_THREADS = 4
 _MD5_ETAG = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -81,6 +84,7 @@ class _Download:
     ranges: list[tuple[int, int]]
     done: set[tuple[int, int]]
     head: Future[Head | None] | None = None
+    finishing: bool = False
     crcs: dict[int, int] = field(default_factory=dict)
     fd: int = -1
     journal_fd: int = -1
@@ -115,6 +119,7 @@ class _Download:
         self.journal.unlink(missing_ok=True)
         self.done.clear()
         self.crcs.clear()
+        self.finishing = False
 
 
 def fetch(
@@ -150,24 +155,15 @@ def fetch(
     except OSError as error:
         raise unwritable(error, folder) from error
     progress = _Progress(source.uri, total, total - todo)
-    with _watched(progress), _pools() as (pool, heads):
+    with _watched(progress), ThreadPoolExecutor(4, "head") as heads:
+        transfer = _Transfer(source, heads, progress, publish)
         try:
-            asyncio.run(_Transfer(source, pool, heads, progress, publish).run(downloads))
-        except BaseExceptionGroup as group:
-            raise _first(group) from group
+            transfer.run(downloads)
         finally:
             heads.shutdown(cancel_futures=True)
-            # Closed after the writes that are under way: a number is soon another file's.
-            pool.shutdown(cancel_futures=True)
             for download in downloads:
                 download.close()
     return progress.done - progress.reused
-
-
-@contextlib.contextmanager
-def _pools() -> Iterator[tuple[ThreadPoolExecutor, ThreadPoolExecutor]]:
-    with ThreadPoolExecutor(_THREADS, "write") as pool, ThreadPoolExecutor(4, "head") as heads:
-        yield pool, heads
 
 
 def unwritable(error: OSError, path: Path) -> DownloadError:
@@ -248,140 +244,142 @@ def _check_target(folder: Path, downloads: list[_Download], todo: int) -> None:
         )
 
 
+Job = tuple[_Download, tuple[int, int] | None]
+"""A range to fetch; None for a small file, or where only the publishing is left to do."""
+
+
 class _Transfer:
-    """The running transfer of some objects, on the event loop of the calling thread."""
+    """The running transfer of some objects, in threads."""
 
     def __init__(
         self,
         source: Source,
-        pool: ThreadPoolExecutor,
         heads: ThreadPoolExecutor,
         progress: _Progress,
         publish: Callable[[RemoteFile, Content, Path], None],
     ) -> None:
-        self._source, self._pool, self._heads = source, pool, heads
+        self._source, self._heads = source, heads
         self._progress = progress
         self._publish = publish
-        self._streams = asyncio.Semaphore(STREAMS)
-        self._small: asyncio.Queue[tuple[_Download, bytes]] = asyncio.Queue(REQUESTS)
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
 
-    async def run(self, downloads: list[_Download]) -> None:
-        report = asyncio.create_task(self._progress.report())
-        try:
-            damaged = await self._pass(downloads)
-            if damaged:
-                for download, error in damaged:
-                    logger.warning("fetching once more: %s", error)
-                    self._progress.forget(download.file.size)
-                    download.discard()
-                damaged = await self._pass([download for download, _ in damaged])
-            if damaged:
-                for download, _ in damaged:
-                    download.discard()
-                raise damaged[0][1]
-        finally:
-            report.cancel()
+    def run(self, downloads: list[_Download]) -> None:
+        damaged = self._pass(downloads)
+        if damaged:
+            for download, error in damaged:
+                logger.warning("fetching once more: %s", error)
+                self._progress.add(-download.file.size)
+                download.discard()
+            damaged = self._pass([download for download, _ in damaged])
+        if damaged:
+            for download, _ in damaged:
+                download.discard()
+            raise damaged[0][1]
 
-    async def _pass(self, downloads: list[_Download]) -> list[tuple[_Download, DamagedError]]:
+    def _pass(self, downloads: list[_Download]) -> list[tuple[_Download, DamagedError]]:
         """Fetch what is missing; give the files whose checksum is wrong."""
-        damaged: list[tuple[_Download, DamagedError]] = []
         # Started first, so that they are answered while the ranges are under way.
         for download in downloads:
             if _head_wanted(self._source, download.file):
                 download.head = self._heads.submit(self._source.head, download.file)
-        jobs = self._jobs(downloads)
-
-        async def work() -> None:
-            for download, span in jobs:
-                try:
-                    await self._fetch(download, span)
-                except DamagedError as error:
-                    damaged.append((download, error))
-
-        async with asyncio.TaskGroup() as group:
-            writers = [group.create_task(self._write_small(damaged)) for _ in range(_THREADS)]
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(REQUESTS):
-                    workers.create_task(work())
-            await self._small.join()
-            for writer in writers:
-                writer.cancel()
+        small: deque[Job] = deque((d, None) for d in downloads if d.file.size <= SMALL_BYTES)
+        large = [d for d in downloads if d.file.size > SMALL_BYTES]
+        # No range: all is there, but the run that fetched it was killed before it was published.
+        spans: deque[Job] = deque((d, span) for d in large for span in d.missing or [None])  # type: ignore[list-item]
+        damaged: list[tuple[_Download, DamagedError]] = []
+        with ThreadPoolExecutor(SMALL_STREAMS + STREAMS, "fetch") as pool:
+            workers = [
+                pool.submit(self._work, jobs, damaged)
+                for jobs, streams in ((small, SMALL_STREAMS), (spans, STREAMS))
+                for _ in range(min(streams, len(jobs)))
+            ]
+            try:
+                self._wait(workers)
+            except BaseException:
+                self._stop.set()  # the pool waits for its threads
+                raise
         return damaged
 
-    async def _write_small(self, damaged: list[tuple[_Download, DamagedError]]) -> None:
-        """Write the small files that have arrived: all at once, as changing threads costs more."""
-        while True:
-            batch = [await self._small.get()]
-            while not self._small.empty():
-                batch.append(self._small.get_nowait())
-            damaged += await self._in_thread(self._finish_small, batch)
-            for _ in batch:
-                self._small.task_done()
+    def _wait(self, workers: list[Future[None]]) -> None:
+        pending = set(workers)
+        while pending:
+            done, pending = wait(pending, timeout=REPORT_S / 5, return_when=FIRST_EXCEPTION)
+            for worker in done:
+                worker.result()
+            self._progress.report()
+            aio.check_given_up()
 
-    @staticmethod
-    def _jobs(
-        downloads: list[_Download],
-    ) -> Iterator[tuple[_Download, tuple[int, int] | None]]:
-        for download in downloads:
-            # None: all there, but the run that fetched it was killed before it was published.
-            spans: list[Any] = [*download.missing] or [None]
-            yield from ((download, span) for span in spans)
+    def _work(self, jobs: deque[Job], damaged: list[tuple[_Download, DamagedError]]) -> None:
+        """Take jobs until none is left; all streams take from the same."""
+        while not self._stop.is_set():
+            try:
+                download, span = jobs.popleft()
+            except IndexError:
+                return
+            try:
+                self._fetch(download, span)
+            except DamagedError as error:
+                damaged.append((download, error))
 
-    async def _fetch(self, download: _Download, span: tuple[int, int] | None) -> None:
+    def _fetch(self, download: _Download, span: tuple[int, int] | None) -> None:
         if download.file.size <= SMALL_BYTES:
             data = bytearray()
             if download.file.size:
-                await self._receive(download.file, 0, download.file.size, _collect(data))
-            await self._small.put((download, bytes(data)))
+                self._receive(
+                    download.file, 0, download.file.size, lambda _, chunk: data.extend(chunk)
+                )
+            self._finish_small(download, data)
             return
         if span is not None:
-            async with self._streams:
-                await self._fetch_range(download, *span)
-        if len(download.done) == len(download.ranges):
-            await self._in_thread(self._finish, download)
+            self._fetch_range(download, *span)
+        with self._lock:
+            last = len(download.done) == len(download.ranges) and not download.finishing
+            download.finishing |= last
+        if last:
+            self._finish(download)
 
-    async def _fetch_range(self, download: _Download, start: int, end: int) -> None:
-        download.open()
+    def _fetch_range(self, download: _Download, start: int, end: int) -> None:
         crc = 0
 
-        async def write(offset: int, chunk: bytes) -> None:
+        def write(offset: int, chunk: Any) -> None:
             nonlocal crc
-            crc = await self._in_thread(_write, download, offset, chunk, crc)
+            crc = _write(download, offset, chunk, crc)
 
-        await self._receive(download.file, start, end, write)
+        with self._lock:
+            download.open()
+        self._receive(download.file, start, end, write)
         download.crcs[start] = crc
         download.finish_range(start, end)
 
-    async def _receive(
-        self,
-        file: RemoteFile,
-        start: int,
-        end: int,
-        consume: Callable[[int, bytes], Awaitable[None]],
+    def _receive(
+        self, file: RemoteFile, start: int, end: int, consume: Callable[[int, Any], None]
     ) -> None:
         """Fetch a range in order; go on where the body broke off."""
-        from obstore import get_async
+        import obstore
         from obstore.exceptions import GenericError
 
         what = f"cannot fetch {file.path!r} of {self._source.uri}"
         problem: Exception | None = None
         for attempt in range(BODY_ATTEMPTS):
             if attempt:
-                await asyncio.sleep(random.uniform(0.5, 1) * BACKOFF_S * 2**attempt)
+                self._stop.wait(random.uniform(0.5, 1) * BACKOFF_S * 2**attempt)
             options: GetOptions = {}
             if file.etag is not None:
                 options["if_match"] = file.etag
             if (start, end) != (0, file.size):
                 options["range"] = (start, end)
             try:
-                result = await get_async(self._source.store, file.path, options=options)
+                result = obstore.get(self._source.store, file.path, options=options)
             except Exception as error:  # obstore raises classes of its own per store
                 raise failure(what, error) from error
-            chunks = result.stream(CHUNK_BYTES)
+            chunks = iter(result.stream(CHUNK_BYTES))
             while start < end:
+                if self._stop.is_set():
+                    raise DownloadError(f"{what}: another file has failed")
                 try:
-                    chunk = await anext(chunks)
-                except StopAsyncIteration:
+                    chunk = next(chunks)
+                except StopIteration:
                     break
                 except GenericError as error:
                     problem = error
@@ -389,10 +387,10 @@ class _Transfer:
                 except Exception as error:  # as above
                     raise failure(what, error) from error
                 # More than was asked for would be another range's bytes.
-                chunk = chunk[: end - start]
-                await consume(start, chunk)
-                start += len(chunk)
-                self._progress.done += len(chunk)
+                view = memoryview(chunk)[: end - start]
+                consume(start, view)
+                start += len(view)
+                self._progress.add(len(view))
             if start == end:
                 return
         if problem is not None:
@@ -402,20 +400,13 @@ class _Transfer:
             "or a proxy cuts it off, or lists another size: check both"
         )
 
-    def _finish_small(
-        self, batch: list[tuple[_Download, bytes]]
-    ) -> list[tuple[_Download, DamagedError]]:
-        damaged = []
-        for download, data in batch:
-            try:
-                content = self._verified(download, functools.partial(checksum_of, data))
-                download.partial.write_bytes(data)
-                self._publish(download.file, content, download.partial)
-            except DamagedError as error:
-                damaged.append((download, error))
-            except OSError as error:
-                raise unwritable(error, download.target) from error
-        return damaged
+    def _finish_small(self, download: _Download, data: bytearray) -> None:
+        try:
+            content = self._verified(download, functools.partial(checksum_of, bytes(data)))
+            download.partial.write_bytes(data)
+            self._publish(download.file, content, download.partial)
+        except OSError as error:
+            raise unwritable(error, download.target) from error
 
     def _finish(self, download: _Download) -> None:
         try:
@@ -453,28 +444,18 @@ class _Transfer:
             return Content(compute("crc64nvme"), "size")
         return Content(expected, "checksum")
 
-    def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Awaitable[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-
-def _collect(data: bytearray) -> Callable[[int, bytes], Awaitable[None]]:
-    async def append(offset: int, chunk: bytes) -> None:
-        data.extend(chunk)
-
-    return append
-
-
-def _write(download: _Download, offset: int, chunk: bytes, crc: int) -> int:
+def _write(download: _Download, offset: int, chunk: memoryview, crc: int) -> int:
     """Write a chunk; give the checksum of the range so far."""
     try:
-        view = memoryview(chunk)
+        view = chunk
         while view:
             written = os.pwrite(download.fd, view, offset)
             view, offset = view[written:], offset + written
     except OSError as error:
         raise unwritable(error, download.partial) from error
     with contextlib.suppress(ImportError):
-        from awscrt.checksums import crc64nvme  # type: ignore[import-untyped]
+        from awscrt.checksums import crc64nvme
 
         crc = crc64nvme(chunk, crc)
     return crc
@@ -493,11 +474,6 @@ def _digest(download: _Download, algorithm: str) -> str | None:
     return checksum_of(download.partial, algorithm)
 
 
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
-    error: BaseException = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
 class _Progress:
     """Counts bytes; tells the log every few seconds, and a bar if a person watches."""
 
@@ -505,28 +481,28 @@ class _Progress:
         self._label, self._total = label, total
         self.reused = self.done = reused
         self.bar: Any = None
-        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._started = self._logged = time.monotonic()
 
-    def forget(self, size: int) -> None:
-        self.done -= size
+    def add(self, size: int) -> None:
+        with self._lock:
+            self.done += size
 
-    async def report(self) -> None:
-        logged = self._started
-        while True:
-            await asyncio.sleep(min(1.0, REPORT_S))
-            self.show()
-            now = time.monotonic()
-            if now - logged >= REPORT_S:
-                logged = now
-                rate = (self.done - self.reused) / (now - self._started)
-                logger.info(
-                    "%s: %.2f of %.2f GB (%d%%), %.2f GB/s",
-                    self._label,
-                    self.done / 1e9,
-                    self._total / 1e9,
-                    100 * self.done // max(self._total, 1),
-                    rate / 1e9,
-                )
+    def report(self) -> None:
+        self.show()
+        now = time.monotonic()
+        if now - self._logged < REPORT_S:
+            return
+        self._logged = now
+        rate = (self.done - self.reused) / (now - self._started)
+        logger.info(
+            "%s: %.2f of %.2f GB (%d%%), %.2f GB/s",
+            self._label,
+            self.done / 1e9,
+            self._total / 1e9,
+            100 * self.done // max(self._total, 1),
+            rate / 1e9,
+        )
 
     def show(self) -> None:
         if self.bar is not None:

@@ -183,7 +183,8 @@ class _Handler(socketserver.StreamRequestHandler):
         )
         keys = [key for key in keys if key.startswith(prefix)]
         first = int(query.get("continuation-token", ["0"])[0])
-        page = keys[first : first + self.s3.page_size]
+        size = min(self.s3.page_size, int(query.get("max-keys", ["1000"])[0]))
+        page = keys[first : first + size]
         last = first + len(page)
         more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < len(keys) else ""
         contents = "".join(
@@ -193,6 +194,7 @@ class _Handler(socketserver.StreamRequestHandler):
             for key in page
         )
         truncated = f"<IsTruncated>{str(bool(more)).lower()}</IsTruncated>"
+        truncated += f"<KeyCount>{len(page)}</KeyCount>"
         text = f"<ListBucketResult>{truncated}{more}{contents}</ListBucketResult>"
         return self._send(200, {"Content-Type": "application/xml"}, text.encode())
 
@@ -296,7 +298,7 @@ class _TCPServer(socketserver.ThreadingTCPServer):
 
 def crc64_headers(data: bytes) -> dict[str, str]:
     """Give the headers of a HEAD for the full object's CRC64NVME."""
-    from awscrt.checksums import crc64nvme  # type: ignore[import-untyped]
+    from awscrt.checksums import crc64nvme
 
     value = base64.b64encode(crc64nvme(data).to_bytes(8, "big")).decode()
     return {"x-amz-checksum-crc64nvme": value, "x-amz-checksum-type": "FULL_OBJECT"}

@@ -20,6 +20,16 @@ def test_importing_the_adapter_imports_no_ray() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_adapter_exports_one_class_of_ray_and_no_more() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackBase
+
+    assert _ray.CallbackBase is CallbackBase
+    with pytest.raises(
+        AttributeError, match=r"^module 'rayserve_hooks._ray' has no attribute 'CallbackBas'$"
+    ):
+        _ = _ray.CallbackBas
+
+
 def test_the_download_modes_are_rays() -> None:
     from ray.llm._internal.common.utils import download_utils
 

@@ -2,12 +2,13 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
 from plugins_for_tests import make_ctx, make_manager, run_script
 
-from rayserve_hooks.aio import run_coroutine, run_in_thread
+from rayserve_hooks.aio import ThreadCall, run_coroutine, run_in_thread
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.errors import HookError
 from rayserve_hooks.manager import PluginManager
@@ -188,6 +189,103 @@ def test_cancelling_the_caller_is_not_swallowed(on_error: str) -> None:
     asyncio.run(main())
     assert [entry.outcome for entry in ctx.trace] == ["interrupted"]
     assert not after.loops
+
+
+GIVEN_UP = "^this initialization was given up$"
+
+
+def test_a_chain_whose_wait_was_cancelled_starts_no_further_callback() -> None:
+    after, release, ended = LoopSeen(), threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+    ctx = make_ctx()
+
+    async def main() -> None:
+        started = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        class Blocks:
+            def on_before_init(self, ctx: CallbackCtx) -> None:
+                loop.call_soon_threadsafe(started.set)
+                release.wait(10)
+
+        manager = make_manager(Blocks, after)
+
+        def chain() -> None:
+            try:
+                manager.hook.on_before_init(ctx=ctx)
+            except BaseException as error:
+                errors.append(error)
+            ended.set()
+
+        call = asyncio.create_task(run_in_thread(chain))
+        await started.wait()
+        call.cancel()
+        await asyncio.sleep(0)
+        release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    assert ended.wait(10)
+    assert [entry.callback for entry in ctx.trace] == ["Blocks"]
+    assert not after.loops
+    with pytest.raises(asyncio.CancelledError, match=GIVEN_UP):
+        raise errors[0]
+
+
+def test_a_call_runs_in_a_daemon_thread_so_that_its_process_can_end() -> None:
+    assert ThreadCall(lambda: threading.current_thread().daemon).future.result(10)
+
+
+def test_a_process_ends_while_a_callback_hangs() -> None:
+    script = """
+        import asyncio, threading
+        from rayserve_hooks import aio
+
+        started = threading.Event()
+
+        def hangs():
+            started.set()
+            threading.Event().wait()
+
+        aio.ThreadCall(hangs)
+        started.wait()
+        print("ends")
+    """
+    assert run_script(script) == "ends"
+
+
+def test_giving_up_cancels_the_coroutine_that_a_call_waits_for() -> None:
+    waiting, cleaned = threading.Event(), threading.Event()
+
+    async def waits() -> None:
+        waiting.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaned.set()
+
+    call = ThreadCall(lambda: run_coroutine(waits()))
+    assert waiting.wait(10)
+    call.give_up()
+    # Python raises it as an error of concurrent.futures where it leaves the thread.
+    with pytest.raises((asyncio.CancelledError, CancelledError)):
+        call.future.result(10)
+    assert cleaned.wait(10)
+
+
+def test_a_call_that_was_given_up_waits_for_no_coroutine() -> None:
+    given_up = threading.Event()
+
+    def chain() -> None:
+        assert given_up.wait(10)
+        run_coroutine(asyncio.Event().wait())
+
+    call = ThreadCall(chain)
+    call.give_up()
+    given_up.set()
+    with pytest.raises((asyncio.CancelledError, CancelledError)):
+        call.future.result(10)
 
 
 def test_run_in_thread_brings_async_callbacks_to_the_calling_loop() -> None:

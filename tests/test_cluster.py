@@ -166,7 +166,7 @@ def test_a_background_task_that_fails_on_a_node_names_its_callback(third: Any, l
     with pytest.raises(
         HookError,
         match=r"callback 'fail_in_background' failed in hook on_before_download on node "
-        rf"{third.node_id} .*: its background task '_restore' raised RuntimeError: no compile cache",
+        rf"{third.node_id} .*: its background task '_restore' raised RuntimeError: no compile ",
     ) as caught:
         initialize(config(log, on(third.node_id, "fail_in_background")))
     assert isinstance(caught.value.__cause__, RuntimeError)
@@ -209,7 +209,7 @@ def test_cancelling_cleans_up_everywhere(
     async def main() -> None:
         llm_config = config(log, on(third.node_id, "hang", begun))
         task = asyncio.create_task(rayserve_hooks.initialize_node(llm_config))
-        while not begun.exists():
+        while not begun.exists():  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -85,10 +85,13 @@ def test_callbacks_in_every_form_keep_list_order() -> None:
             {"callbacks": [{"callback": "download_policy", "kwargs": {"local": "ALL"}}]},
             r"DownloadPolicy\(local=...\): 'ALL' is not a download mode; use one of EXCLUDE_SAFE",
         ),
-        ({"callback": Callback, "callbacks": [Callback]}, "both callback and callbacks are given"),
+        (
+            {"callback": Callback, "callbacks": [Callback]},
+            "both callback and callbacks are given; list all of them in callbacks",
+        ),
         (
             {"callback": Callback, "model_loading_config": {"model_id": "other"}},
-            "model_id 'm' and model_loading_config's model_id 'other' differ",
+            "model_id 'm' and model_loading_config's model_id 'other' differ; give one of them",
         ),
         (
             {"callback": Callback, "callback_config": {"callback_kwargs": {"callbacks": [1]}}},
@@ -107,7 +110,8 @@ def test_an_instance_that_cannot_travel() -> None:
     with pytest.raises(
         ValidationError,
         match="callback 'Callback' cannot be sent to another process: TypeError: its attribute "
-        "'stream', a generator, cannot: cannot pickle 'generator' object; name the class with kwargs instead of an instance",
+        "'stream', a generator, cannot: cannot pickle 'generator' object; name the class "
+        "with kwargs instead of an instance",
     ):
         make(model_id="m", callback=callback)
 
@@ -141,6 +145,45 @@ def test_a_config_of_ray_that_names_a_ray_callback_is_a_list_of_one() -> None:
         callback_config=CallbackConfig(callback_class=Foreign),
     )
     assert order(config) == ["Foreign"]
+
+
+def test_limits_travel_with_the_callbacks() -> None:
+    config = make(model_id="m", callback=Callback, time_limits={"total": 60})
+    assert get_plugin_manager(config).stack.time_limits.total == 60
+    copy = pickle.loads(pickle.dumps(config))
+    assert get_plugin_manager(copy).stack.time_limits.total == 60
+
+
+def test_limits_need_no_callback() -> None:
+    config = make(model_id="m", time_limits={"download": 60})
+    assert get_plugin_manager(config).stack.time_limits.download == 60
+
+
+def test_wrong_limits_are_reported_with_wrong_callbacks() -> None:
+    with pytest.raises(ValidationError) as caught:
+        make(model_id="m", callbacks=[None], time_limits={"total": 0})
+    assert "2 problems:\n- callbacks[0] is None; write" in str(caught.value)
+    assert "- time_limits: total is 0; write seconds, more than 0, or null" in str(caught.value)
+
+
+ABSENT = {"callback": "only_there:Fetch", "only_on_cluster": True}
+
+
+def test_a_callback_that_is_only_on_the_cluster_is_not_imported_here() -> None:
+    config = make(model_id="m", callbacks=[ABSENT, Callback])
+    assert [entry.name for entry in config.callbacks] == ["Fetch", "Callback"]
+    assert pickle.loads(pickle.dumps(config)).callbacks[0].only_on_cluster
+
+
+def test_the_others_are_checked_beside_it() -> None:
+    with pytest.raises(ValidationError, match=r"callback 'no_such_module\.X': no module named"):
+        make(model_id="m", callbacks=[ABSENT, "no_such_module.X"])
+
+
+def test_what_is_only_on_the_cluster_can_still_not_hold_what_cannot_travel() -> None:
+    kwargs = {"stream": (number for number in range(1))}
+    with pytest.raises(ValidationError, match="callback 'Fetch' cannot be sent to another process"):
+        make(model_id="m", callbacks=[{**ABSENT, "kwargs": kwargs}])
 
 
 def test_all_problems_are_reported_together() -> None:

@@ -16,6 +16,7 @@ from rayserve_hooks.context import (
     NodeResult,
 )
 from rayserve_hooks.errors import HookError
+from rayserve_hooks.trace import TraceEntry
 
 MODES = ["MODEL_AND_TOKENIZER", "TOKENIZER_ONLY", "EXCLUDE_SAFETENSORS", "NONE"]
 MODE_FIELDS = ["local_node_download_model", "worker_node_download_model"]
@@ -205,6 +206,21 @@ def test_repr_copes_with_keys_that_were_put_in_place() -> None:
     ctx = make_ctx(custom_data=data)
     data[2] = "two"
     assert "custom_data=" in repr(ctx)
+
+
+def test_who_is_running_is_told_before_it_starts() -> None:
+    told: list[tuple[str, str, int]] = []
+
+    class Runs:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            told.append(("started", "", 0))
+
+    def on_call(entry: TraceEntry) -> None:
+        told.append((entry.callback, entry.outcome, entry.attempt))
+
+    ctx = make_ctx(on_call=on_call, attempt=2)
+    make_manager(Runs).hook.on_before_init(ctx=ctx)
+    assert told == [("Runs", "running", 2), ("started", "", 0)]
 
 
 def test_repr_of_a_node_result_hides_custom_data() -> None:

@@ -9,6 +9,7 @@ from rayserve_hooks.errors import (
     DownloadError,
     HookError,
     HooksError,
+    Problems,
     RemoteCause,
     describe,
 )
@@ -73,6 +74,40 @@ def test_the_text_without_a_callback_names_the_phase() -> None:
     assert str(error) == (
         "node initialization failed on node n1 (10.0.0.1) (phase: download): disk full"
     )
+
+
+def clean_up_error(name: str) -> HookError:
+    return HookError(
+        callback=name, hook="on_init_failed", node=NODE, phase="clean-up", detail="OSError: locked"
+    )
+
+
+def test_what_failed_in_the_clean_up_follows_in_the_text() -> None:
+    error = hook_error()
+    first, *rest = str(error).splitlines()
+    error.cleanup_errors.extend([clean_up_error("A"), clean_up_error("B")])
+    assert not rest
+    assert str(error).splitlines() == [
+        first,
+        f"the clean-up failed too: {clean_up_error('A')}",
+        f"the clean-up failed too: {clean_up_error('B')}",
+    ]
+
+
+def test_what_failed_in_the_clean_up_survives_pickling_with_its_cause() -> None:
+    error, failure = hook_error(), clean_up_error("A")
+    failure.__cause__ = OSError("locked")
+    error.cleanup_errors.append(failure)
+    (copy,) = sent(error).cleanup_errors
+    assert vars(copy) == vars(failure)
+    assert type(copy.__cause__) is OSError
+    assert str(sent(error)) == str(error)
+
+
+def test_two_errors_do_not_share_their_clean_up() -> None:
+    error, other = hook_error(), hook_error()
+    error.cleanup_errors.append(clean_up_error("A"))
+    assert other.cleanup_errors == []
 
 
 def test_fields_and_text_survive_pickling() -> None:
@@ -150,6 +185,51 @@ def test_describe_reads_like_the_last_line_of_a_traceback() -> None:
 def test_our_errors_share_a_base_and_a_builtin(cls: type, base: type) -> None:
     assert issubclass(cls, HooksError)
     assert issubclass(cls, base)
+
+
+def test_one_problem_is_its_own_text() -> None:
+    error = CallbackConfigError("no such callback")
+    assert (str(error), error.problems) == ("no such callback", ("no such callback",))
+
+
+def test_many_problems_are_a_list() -> None:
+    assert str(CallbackConfigError("one", "two")) == "2 problems:\n- one\n- two"
+
+
+def test_collected_problems_are_one_error_without_repetitions() -> None:
+    problems = Problems()
+    for texts in [("one", "two"), ("two",), ("three",)]:
+        with problems.collected():
+            raise CallbackConfigError(*texts)
+    assert problems
+    with pytest.raises(CallbackConfigError) as caught:
+        problems.raise_all()
+    assert caught.value.problems == ("one", "two", "three")
+    assert isinstance(caught.value.__cause__, CallbackConfigError)
+
+
+def test_a_single_collected_problem_is_the_very_error() -> None:
+    problems, error = Problems(), CallbackConfigError("one")
+    with problems.collected():
+        raise error
+    with pytest.raises(CallbackConfigError) as caught:
+        problems.raise_all()
+    assert caught.value is error
+
+
+def test_no_problem_raises_nothing() -> None:
+    problems = Problems()
+    problems.raise_all()
+    assert not problems
+
+
+def test_other_errors_are_not_collected() -> None:
+    with pytest.raises(KeyError), Problems().collected():
+        raise KeyError("one")
+
+
+def test_a_problem_list_survives_pickling() -> None:
+    assert pickle.loads(pickle.dumps(CallbackConfigError("one", "two"))).problems == ("one", "two")
 
 
 def test_the_arguments_are_keyword_only() -> None:

@@ -388,7 +388,8 @@ def test_a_callback_that_blocks_leaves_a_serve_replica_responsive(ray_cluster: A
             inside = [start, *(t for t in times if start < t < end), end]
             return [later - earlier for earlier, later in itertools.pairwise(inside)]
 
-    handle: Any = serve.run(Replica.bind(), name="blocked", route_prefix="/blocked")
+    deployment: Any = Replica
+    handle: Any = serve.run(deployment.bind(), name="blocked", route_prefix="/blocked")
     try:
         result = handle.initialize.remote().result(timeout_s=120)
     finally:

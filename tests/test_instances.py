@@ -168,5 +168,5 @@ def test_an_object_that_refuses_by_itself_keeps_its_own_error() -> None:
         def __reduce__(self) -> Any:
             raise RuntimeError("not me")
 
-    with pytest.raises(RuntimeError, match="^not me$"):
+    with pytest.raises(RuntimeError, match=r"^not me$"):
         instances.dumps(Refuses())

@@ -3,6 +3,8 @@ import importlib
 import pickle
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -323,6 +325,74 @@ def test_a_wrong_on_error(wrong: object) -> None:
         parse_callbacks([{"callback": Plain, "on_error": wrong}])
 
 
+@pytest.mark.parametrize("wrong", ["", 7, ["a"], True])
+def test_a_wrong_name(wrong: object) -> None:
+    with refused(f"callbacks[0]: name is {wrong!r}; write a string"):
+        parse_callbacks([{"callback": Plain, "name": wrong}])
+
+
+@pytest.mark.parametrize("wrong", [True, 3, b"plugins_for_tests:Plain"])
+def test_a_mapping_whose_callback_names_nothing(wrong: object) -> None:
+    text = (
+        f"callbacks[0]: callback is {wrong!r}; write a string such as 'pkg.module:Class', a "
+        "class, an instance or a module"
+    )
+    with refused(text):
+        parse_callbacks([{"callback": wrong}])
+
+
+ABSENT = {"callback": "only_there:Fetch", "only_on_cluster": True}
+
+
+def test_a_callback_that_is_only_on_the_cluster_is_not_imported_to_check_it() -> None:
+    entry = one(ABSENT)
+    entry.check()
+    assert (entry.name, entry.only_on_cluster) == ("Fetch", True)
+
+
+def test_a_callback_that_is_only_on_the_cluster_is_found_there(write_module: WriteModule) -> None:
+    entry = sent(one(ABSENT))
+    write_module("only_there", PLUGIN_SOURCE)
+    assert type(entry.create()).__name__ == "Fetch"
+
+
+def test_what_is_wrong_with_it_is_found_there() -> None:
+    with refused("callback 'only_there:Fetch': no module named 'only_there'"):
+        create(ABSENT)
+
+
+def test_without_it_a_callback_is_checked() -> None:
+    with refused("callback 'only_there:Fetch': no module named 'only_there'"):
+        one({**ABSENT, "only_on_cluster": False}).check()
+
+
+@pytest.mark.parametrize("wrong", ["true", 1, None])
+def test_only_on_cluster_is_a_yes_or_no(wrong: object) -> None:
+    text = (
+        f"callbacks[0]: only_on_cluster is {wrong!r} for callback 'only_there:Fetch'; write true, "
+        "and name the callback by a string"
+    )
+    with refused(text):
+        parse_callbacks([{**ABSENT, "only_on_cluster": wrong}])
+
+
+def test_what_is_here_is_not_only_on_the_cluster() -> None:
+    text = (
+        f"callbacks[0]: only_on_cluster is True for callback {Plain!r}; write true, and name the "
+        "callback by a string"
+    )
+    with refused(text):
+        parse_callbacks([{"callback": Plain, "only_on_cluster": True}])
+
+
+def test_a_problem_of_the_list_comes_with_those_of_its_callbacks() -> None:
+    with pytest.raises(CallbackConfigError) as caught:
+        parse_callbacks([None, "no_such_module:Other", ABSENT])
+    first, second = caught.value.problems
+    assert first.startswith("callbacks[0] is None")
+    assert second.startswith("callback 'no_such_module:Other': no module named")
+
+
 def test_the_same_name_twice() -> None:
     text = (
         "callbacks has more than one callback named 'Plain'; give each its own name: "
@@ -351,6 +421,31 @@ def test_a_constructor_that_refuses(kwargs: object, keys: list[str], reason: str
     assert f" refused kwargs {keys}: " in str(caught.value)
     assert str(caught.value).endswith(reason)
     assert isinstance(caught.value.__cause__, (TypeError, ValueError))
+
+
+def secret_refusal(kwargs: dict[str, Any]) -> CallbackConfigError:
+    class Refuses:
+        def __init__(self, **kwargs: Any) -> None:
+            raise ValueError(f"cannot use {kwargs}")
+
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            pass
+
+    with pytest.raises(CallbackConfigError) as caught:
+        create({"callback": Refuses, "kwargs": kwargs})
+    return caught.value
+
+
+def test_a_constructor_that_shows_a_secret() -> None:
+    error = secret_refusal({"hf_token": "s3cret", "size": 1})
+    assert str(error).endswith(
+        "refused kwargs ['hf_token', 'size']: ValueError: cannot use {'hf_token': '***', 'size': 1}"
+    )
+    assert "s3cret" not in "".join(traceback.format_exception(error))
+
+
+def test_a_constructor_that_shows_no_secret_is_the_cause() -> None:
+    assert type(secret_refusal({"size": 1}).__cause__) is ValueError
 
 
 def test_kwargs_for_an_instance() -> None:
@@ -456,8 +551,45 @@ class Cached:
         pass
 
 
+class ErrorWithDefault:
+    def on_init_failed(self, ctx: CallbackCtx, error: BaseException | None = None) -> None:
+        pass
+
+
+class ErrorAlone:
+    def on_init_failed(self, error: BaseException) -> None:
+        pass
+
+
+class ErrorByKeyword:
+    def on_init_failed(self, ctx: CallbackCtx, *, error: BaseException) -> None:
+        pass
+
+
+class OtherError:
+    def on_init_failed(self, ctx: CallbackCtx, exception: BaseException) -> None:
+        pass
+
+
+class ErrorTooEarly:
+    def on_before_init(self, ctx: CallbackCtx, error: BaseException) -> None:
+        pass
+
+
+class StaticCleanUp:
+    @staticmethod
+    def on_init_failed(error: BaseException) -> None:
+        pass
+
+
+class MisspeltCleanUp:
+    def on_init_fail(self, ctx: CallbackCtx) -> None:
+        pass
+
+
 HOOK_LIST = "on_before_init, on_before_download, on_after_init, on_init_failed"
 WRITE = "write 'def on_before_init(self, ctx)'"
+WRITE_CLEAN_UP = "write 'def on_init_failed(self, ctx, error)'"
 
 
 @pytest.mark.parametrize(
@@ -493,6 +625,36 @@ WRITE = "write 'def on_before_init(self, ctx)'"
             NoMethod,
             "'on_before_init' is named after a hook, but is a str; define a method of that name",
         ),
+        (
+            KeywordOnly,
+            f"on_before_init() takes 'ctx' by keyword only, which pluggy cannot; {WRITE}",
+        ),
+        (
+            Cached,
+            (
+                "'on_before_init' is named after a hook, but is a _lru_cache_wrapper; define a "
+                "method of that name"
+            ),
+        ),
+        (
+            ErrorWithDefault,
+            (f"on_init_failed() gives 'error' a default and would never get it; {WRITE_CLEAN_UP}"),
+        ),
+        (ErrorAlone, f"on_init_failed() has no parameter 'ctx'; {WRITE_CLEAN_UP}"),
+        (
+            ErrorByKeyword,
+            (
+                "on_init_failed() takes 'error' by keyword only, which pluggy cannot; "
+                f"{WRITE_CLEAN_UP}"
+            ),
+        ),
+        (OtherError, f"on_init_failed() has unknown parameter 'exception'; {WRITE_CLEAN_UP}"),
+        (ErrorTooEarly, f"on_before_init() has unknown parameter 'error'; {WRITE}"),
+        (
+            StaticCleanUp,
+            ("on_init_failed() has no parameter 'ctx'; write 'def on_init_failed(ctx, error)'"),
+        ),
+        (MisspeltCleanUp, "method 'on_init_fail' is not a hook; did you mean 'on_init_failed'?"),
         (Marked, f"'prepare' is marked as a hook; use one of {HOOK_LIST}"),
     ],
 )
@@ -502,10 +664,12 @@ def test_what_keeps_a_class_from_being_a_callback(cls: type, problem: str) -> No
     assert str(caught.value).endswith(problem)
 
 
-@pytest.mark.parametrize("cls", [KeywordOnly, Cached])
-def test_a_method_that_pluggy_cannot_call_is_refused(cls: type) -> None:
-    with refused(f"callback {cls.__name__!r}: "):
-        create(cls)
+def test_a_clean_up_may_leave_out_the_error() -> None:
+    class CleansUp:
+        def on_init_failed(self, ctx: CallbackCtx) -> None:
+            pass
+
+    assert type(create(CleansUp)) is CleansUp
 
 
 def test_a_protocol_subclass_that_overrides_nothing_has_no_hook() -> None:
@@ -608,6 +772,29 @@ def test_an_instance_travels_as_it_was_configured() -> None:
     assert isinstance(copy, Streaming)
     assert copy.stream is None
     assert entry.create() is instance
+
+
+class FailsToLoad(Plain):
+    def __setstate__(self, state: object) -> None:
+        raise RuntimeError("no GPU here")
+
+
+def test_an_instance_that_cannot_be_built_again() -> None:
+    text = (
+        "callback 'FailsToLoad': the instance cannot be built again in this process: "
+        "RuntimeError: no GPU here; name the class with kwargs instead"
+    )
+    with refused(text) as caught:
+        sent(one(FailsToLoad())).create()
+    assert type(caught.value.__cause__) is RuntimeError
+
+
+def test_an_instance_travels_with_the_lock_it_holds() -> None:
+    instance = Plain()
+    instance.lock = threading.Lock()  # type: ignore[attr-defined]
+    with instance.lock:  # type: ignore[attr-defined]
+        copy: Any = sent(one(instance)).create()
+    assert copy.lock.acquire(blocking=False)
 
 
 def test_an_instance_is_unpickled_once_in_a_process() -> None:

@@ -681,7 +681,7 @@ def test_clean_up_without_callbacks_is_nothing() -> None:
 
 
 def test_the_error_is_handed_to_who_wants_it() -> None:
-    seen = []
+    seen: list[BaseException | None] = []
 
     class Wants:
         def on_init_failed(self, ctx: CallbackCtx, error: BaseException) -> None:
@@ -790,7 +790,7 @@ def test_an_interruption_of_a_clean_up_passes_through(error: type[BaseException]
     assert outcomes(ctx) == [("b", "interrupted")]
 
 
-SECRET = "hf_abcdefgh"  # noqa: S105
+SECRET = "hf_abcdefgh"
 
 
 def leaks(self: object, ctx: CallbackCtx) -> None:
@@ -810,8 +810,8 @@ class Token:
 
 
 LEAKS = type("Leaks", (), {"on_before_init": leaks})
-BY_CONTEXT = ({"callback": LEAKS}, {"runtime_env": {"env_vars": {"ANY": SECRET}}})
-BY_KWARGS = ({"callback": Token, "kwargs": {"hf_token": SECRET}}, {})
+BY_CONTEXT: tuple[Any, Any] = ({"callback": LEAKS}, {"runtime_env": {"env_vars": {"ANY": SECRET}}})
+BY_KWARGS: tuple[Any, Any] = ({"callback": Token, "kwargs": {"hf_token": SECRET}}, {})
 leaking = pytest.mark.parametrize(("callback", "fields"), [BY_CONTEXT, BY_KWARGS])
 
 

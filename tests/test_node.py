@@ -134,7 +134,7 @@ def test_a_background_task_gets_its_arguments_and_gives_its_result() -> None:
 
 def test_an_async_callback_starts_an_async_task_on_its_own_loop() -> None:
     class Starts:
-        async def on_before_init(self, ctx: CallbackCtx) -> None:
+        async def on_before_init(self, ctx: Any) -> None:
             ctx.custom_data["loops"] = [asyncio.get_running_loop()]
             ctx.run_in_background(self.later, ctx)
 
@@ -200,7 +200,7 @@ def test_a_failed_background_task_ends_the_chain_and_the_other_tasks() -> None:
             raise ValueError("boom")
 
         class Waits:
-            async def on_before_init(self, ctx: CallbackCtx) -> None:
+            async def on_before_init(self, ctx: Any) -> None:
                 ctx.run_in_background(waits, 0)
                 ctx.run_in_background(fails)
                 await waits(1)
@@ -230,20 +230,19 @@ def test_a_failed_chain_ends_its_background_tasks() -> None:
                 cleaned.set()
 
         class Fails:
-            async def on_before_init(self, ctx: CallbackCtx) -> None:
+            async def on_before_init(self, ctx: Any) -> None:
                 ctx.run_in_background(waits)
                 await waiting.wait()
                 await asyncio.sleep(2 * node._POLL_S)  # until the task has been noticed
                 raise ValueError("boom")
 
-        with pytest.raises(HookError, match="callback 'Fails' failed .*: ValueError: boom;"):
+        with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
             await before_init(make_manager(Fails), make_ctx())
         await asyncio.wait_for(cleaned.wait(), FOREVER)
 
     asyncio.run(main())
 
 
-@pytest.mark.xfail(strict=True, reason="node.with_background gives up only what it has noticed")
 def test_a_task_that_was_started_right_before_the_failure_is_ended_too() -> None:
     async def main() -> None:
         waiting, cleaned = asyncio.Event(), asyncio.Event()
@@ -256,12 +255,12 @@ def test_a_task_that_was_started_right_before_the_failure_is_ended_too() -> None
                 cleaned.set()
 
         class Fails:
-            async def on_before_init(self, ctx: CallbackCtx) -> None:
+            async def on_before_init(self, ctx: Any) -> None:
                 ctx.run_in_background(waits)
                 await waiting.wait()
                 raise ValueError("boom")
 
-        with pytest.raises(HookError, match="callback 'Fails' failed .*: ValueError: boom;"):
+        with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
             await before_init(make_manager(Fails), make_ctx())
         await asyncio.wait_for(cleaned.wait(), 1)
 
@@ -291,7 +290,6 @@ def test_an_exit_of_a_background_task_comes_through(
         run(starts("A", exits, on_error=on_error))
 
 
-@pytest.mark.xfail(strict=True, reason="a future refuses a StopIteration, and nobody hears of it")
 def test_a_background_task_that_raises_stop_iteration_fails_like_any_other() -> None:
     def takes_the_next() -> object:
         return next(iter([]))
@@ -300,7 +298,8 @@ def test_a_background_task_that_raises_stop_iteration_fails_like_any_other() -> 
         work = before_init(make_manager(starts("A", takes_the_next)), make_ctx())
         await asyncio.wait_for(work, 2)
 
-    with pytest.raises(HookError, match="its background task 'takes_the_next' raised StopIter"):
+    text = r"its background task 'takes_the_next' raised .*StopIteration"
+    with pytest.raises(HookError, match=text):
         asyncio.run(main())
 
 
@@ -379,12 +378,11 @@ def test_an_async_hook_that_waits_for_ever_is_cancelled() -> None:
             finally:
                 cleaned.set()
 
-    with pytest.raises(HookError, match="not done after 0.05 s, the time limit 'on_before_init'"):
+    with pytest.raises(HookError, match=r"not done after 0.05 s, the time limit 'on_before_init'"):
         asyncio.run(limited(make_manager(Waits), make_ctx()))
     assert cleaned.is_set()
 
 
-@pytest.mark.xfail(strict=True, reason="its call has ended before node.time_limit looks")
 def test_an_async_hook_that_waits_for_ever_is_named() -> None:
     async def waits(ctx: CallbackCtx) -> None:
         await asyncio.Event().wait()
@@ -422,7 +420,7 @@ def test_a_timeout_of_a_step_is_not_taken_for_the_limit() -> None:
         async with node.time_limit("download", 60, make_ctx(), "download"):
             raise TimeoutError("the store does not answer")
 
-    with pytest.raises(TimeoutError, match="^the store does not answer$"):
+    with pytest.raises(TimeoutError, match=r"^the store does not answer$"):
         asyncio.run(main())
 
 
@@ -606,11 +604,11 @@ def test_a_node_task_that_fails_has_cleaned_up(
 ) -> None:
     kwargs = {"error": "no such bucket", "cleanup_error": "no such lock"}
     task = node.run_node_task(request_of({"callback": OnNode, "kwargs": kwargs}))
-    with pytest.raises(HookError, match="callback 'OnNode' failed .*no such bucket") as caught:
+    with pytest.raises(HookError, match=r"callback 'OnNode' failed .*no such bucket") as caught:
         list(task)
     (failure,) = caught.value.cleanup_errors
     assert (failure.callback, failure.detail) == ("OnNode", "OSError: no such lock")
-    assert SEEN == [caught.value]
+    assert [caught.value] == SEEN
 
 
 def test_a_node_task_that_is_stopped_cleans_up_with_an_error_that_says_so(
@@ -644,4 +642,4 @@ def test_a_node_whose_task_has_ended_cleans_up_with_what_had_started(
     assert node.run_clean_up_task(request, error, ()) == []
     assert not SEEN
     assert node.run_clean_up_task(request, error, ("OnNode",)) == []
-    assert SEEN == [error]
+    assert [error] == SEEN

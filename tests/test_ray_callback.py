@@ -110,13 +110,23 @@ def test_arguments_its_constructor_does_not_take() -> None:
         make({"callback": "ray_callbacks:Strict", "kwargs": {"paths": []}})
 
 
+RAY_INSTANCE = (
+    "callback 'TakesOver' is an instance of a Ray callback, which belongs to one config and "
+    "context; name the class, with its arguments in kwargs"
+)
+
+
 def test_an_instance_of_one_is_refused() -> None:
     from ray_callbacks import TakesOver
 
-    with pytest.raises(ValueError, match="is an instance of a Ray callback, which belongs to one"):
+    with pytest.raises(ValueError, match=RAY_INSTANCE):
         make(TakesOver(llm_config=make()))
 
 
 def test_the_adapter_itself_is_refused() -> None:
-    with pytest.raises(ValueError, match="HooksCallback runs this list and cannot be in it"):
+    text = (
+        "callback 'HooksCallback': HooksCallback runs this list and cannot be in it; list the "
+        "callbacks themselves"
+    )
+    with pytest.raises(ValueError, match=text):
         make("rayserve_hooks.HooksCallback")

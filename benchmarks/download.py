@@ -1,0 +1,154 @@
+"""From a fresh node task to a verified model on disk, from a paced S3 server: Ray against ours.
+
+The first two cases are whole tasks on another node, in a new worker process: Ray's own
+(``initialize_remote_node``, Ray 2.60) and ours. The last two ask a second time in a process that
+has downloaded the model once: with the model in place, and with one of its 8 shards damaged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import store
+from report import Benchmark, arguments, in_fresh_process
+
+TASK_ALL, TASK_TOKENIZER = "1 GiB in 8 shards", "config and tokenizer"
+AGAIN, DAMAGED = "asked again", "1 of 8 shards damaged"
+CASES = (TASK_ALL, TASK_TOKENIZER, AGAIN, DAMAGED)
+SIDES = ("stock Ray", "ours")
+WANTED = {TASK_ALL: 4, TASK_TOKENIZER: 7, AGAIN: 40}
+
+
+def make_config(cache: str) -> Any:
+    from ray.serve.llm import LLMConfig
+
+    variables = {name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_REGION")}
+    return LLMConfig(
+        model_loading_config={"model_id": "tiny", "model_source": store.uri(store.SHARDS)},
+        runtime_env={"env_vars": {**variables, "HF_HUB_CACHE": cache}},
+    )
+
+
+async def stock_task(config: Any, node_id: str, mode: str) -> None:
+    import ray
+    from ray.llm._internal.common.utils.download_utils import NodeModelDownloadable
+    from ray.llm._internal.serve.utils.node_initialization_utils import initialize_remote_node
+
+    ctx = config.get_or_create_callback().ctx
+    ctx.worker_node_download_model = NodeModelDownloadable[mode]
+    pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
+    task = ray.remote(initialize_remote_node).options(
+        num_cpus=0, scheduling_strategy=pinned, runtime_env=ctx.runtime_env
+    )
+    await task.remote(config)
+
+
+async def our_task(config: Any, node_id: str, mode: str) -> None:
+    from ray import cloudpickle
+
+    from rayserve_hooks import _ray
+    from rayserve_hooks.cluster import NodeTask
+    from rayserve_hooks.context import CallbackCtx, NodeInfo
+    from rayserve_hooks.manager import stack_of
+    from rayserve_hooks.node import ModelSource, request_for
+
+    ctx = CallbackCtx(
+        llm_config=config,
+        node=_ray.own_node(),
+        worker_node_download_model=mode,
+        runtime_env=_ray.initial_runtime_env(config),
+    )
+    source = ModelSource(*_ray.model_source(config))
+    node = NodeInfo(node_id, "other", is_local=False)
+    request = request_for(node, ctx, stack_of(config), source, cloudpickle.dumps(config))
+    await NodeTask(request, ctx.runtime_env).wait()
+
+
+def task_seconds(side: str, mode: str, cache: Path) -> float:
+    import ray
+
+    # A replica has imported all this when it starts the tasks.
+    import ray.llm._internal.serve.engines.vllm.vllm_engine
+    from ray.cluster_utils import Cluster
+
+    import rayserve_hooks.initialize  # noqa: F401 - likewise
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        config = make_config(str(cache))
+        assert config.get_engine_config() is not None
+        task = stock_task if side == SIDES[0] else our_task
+        started = time.perf_counter()
+        asyncio.run(task(config, other.node_id, mode))
+        return time.perf_counter() - started
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def again_seconds(side: str, damage: bool, cache: Path) -> float:
+    os.environ["HF_HUB_CACHE"] = str(cache)
+    uri = store.uri(store.SHARDS)
+
+    def fetch() -> None:
+        if side == SIDES[0]:
+            from ray.llm._internal.common.utils.cloud_utils import CloudMirrorConfig
+            from ray.llm._internal.common.utils.download_utils import download_model_files
+
+            download_model_files("tiny", CloudMirrorConfig(bucket_uri=uri))
+        else:
+            from rayserve_hooks.context import NodeModelDownloadable
+            from rayserve_hooks.download import Mirror, download_node
+
+            download_node("tiny", Mirror(uri), NodeModelDownloadable.MODEL_AND_TOKENIZER)
+
+    fetch()
+    if damage:
+        shard = next(cache.rglob("model-00003.safetensors"))
+        with shard.open("r+b") as file:
+            file.write(b"damaged")
+    started = time.perf_counter()
+    fetch()
+    return time.perf_counter() - started
+
+
+def seconds(case: str, side: str) -> float:
+    store.warm_up(store.SHARDS)
+    with tempfile.TemporaryDirectory(dir=store.DATA) as folder:
+        cache = Path(folder)
+        if case in (AGAIN, DAMAGED):
+            value = again_seconds(side, case == DAMAGED, cache)
+        else:
+            mode = "TOKENIZER_ONLY" if case == TASK_TOKENIZER else "MODEL_AND_TOKENIZER"
+            value = task_seconds(side, mode, cache)
+        found = next(cache.rglob("tokenizer.json")).parent
+        if case == TASK_TOKENIZER:
+            assert not list(found.glob("*.safetensors"))
+        else:
+            store.check_equal(store.SHARDS, found)
+    return value
+
+
+def main() -> int:
+    options = arguments(__doc__)
+    if options.one:
+        print(json.dumps(seconds(*options.one)))
+        return 0
+    benchmark = Benchmark("download", "A node's download, as a task and again", wanted=WANTED)
+    with store.serving():
+        benchmark.run(CASES, SIDES, options.rounds, in_fresh_process)
+    return benchmark.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
