@@ -4,18 +4,19 @@ VENV := .venv
 ENGINE ?= $(or $(patsubst $(VENV)/installed-%,%,$(firstword $(wildcard $(VENV)/installed-*))),cpu)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(ENGINE)
+BENCHMARKS := import-time dispatch overlap transfer download first-token node-init
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)/examples
 
-.PHONY: help install demo test test-unit lint bench-import bench-node-init clean
+.PHONY: help install demo test test-unit lint bench bench-plots clean $(BENCHMARKS:%=bench-%)
 
 help:
 	@echo "make demo             serve a real model through several stacked callbacks"
 	@echo "make test             run all tests; test-unit runs those that need no cluster"
 	@echo "make install          create $(VENV) with the package, an engine and the test tools"
 	@echo "make lint             ruff and mypy"
-	@echo "make bench-node-init  node initialization, stock Ray against ours"
-	@echo "make bench-import     import time, against that of pluggy and pydantic"
+	@echo "make bench            all benchmarks, an hour; one: $(BENCHMARKS:%=bench-%)"
+	@echo "                      ARGS='--rounds 2' for fewer rounds"
 	@echo "make clean            remove $(VENV) and .cache"
 	@echo "ENGINE=vllm installs the official vLLM, for a machine with a CUDA GPU"
 
@@ -39,11 +40,14 @@ lint: $(INSTALLED)
 	@ruff format --check .
 	@mypy
 
-bench-import: $(INSTALLED)
-	@python benchmarks/import_time.py
+$(BENCHMARKS:%=bench-%): bench-%: $(INSTALLED)
+	@python benchmarks/$(subst -,_,$*).py $(ARGS)
 
-bench-node-init: $(INSTALLED)
-	@python benchmarks/node_init.py
+bench: $(BENCHMARKS:%=bench-%) bench-plots
+
+bench-plots: $(INSTALLED)
+	@python -c 'import matplotlib' 2>/dev/null || python -m pip install --quiet --editable '.[bench]'
+	@python benchmarks/plot.py
 
 clean:
 	rm -rf $(VENV) .cache

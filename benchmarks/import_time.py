@@ -1,36 +1,34 @@
 """How long ``import rayserve_hooks`` takes, against ``import pluggy, pydantic``.
 
-Each import is a fresh process, the two in turn; the start of Python itself is not counted.
+Each import is a fresh process; the start of Python itself is not counted.
 """
 
-import argparse
-import statistics
+from __future__ import annotations
+
 import subprocess
 import sys
 
-STATEMENTS = {"dependencies": "import pluggy, pydantic", "ours": "import rayserve_hooks"}
-PROGRAM = "import time; s = time.perf_counter(); {}; print(time.perf_counter() - s)"
+from report import Benchmark, arguments
+
+CASE = "import"
+STATEMENTS = {"ours": "import rayserve_hooks", "dependencies": "import pluggy, pydantic"}
+PROGRAM = "import time; s = time.perf_counter(); {}; print((time.perf_counter() - s) * 1000)"
+MOST = 3
+
+
+def milliseconds(case: str, side: str) -> float:
+    command = [sys.executable, "-c", PROGRAM.format(STATEMENTS[side])]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    rounds = parser.parse_args().rounds
-    seconds: dict[str, list[float]] = {name: [] for name in STATEMENTS}
-    for _ in range(rounds):
-        for name, statement in STATEMENTS.items():
-            command = [sys.executable, "-c", PROGRAM.format(statement)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            seconds[name].append(float(done.stdout))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, values in seconds.items():
-        print(
-            f"{STATEMENTS[name]:24} median {medians[name] * 1000:.1f} ms, "
-            f"range {min(values) * 1000:.1f} to {max(values) * 1000:.1f} ms"
-        )
-    ratio = medians["ours"] / medians["dependencies"]
-    print(f"ratio {ratio:.2f} (ours / dependencies; at most 3 is wanted)")
-    return 0 if ratio <= 3 else 1
+    options = arguments(__doc__, rounds=20)
+    benchmark = Benchmark("import_time", "Import time", unit="ms")
+    benchmark.run([CASE], tuple(STATEMENTS), options.rounds, milliseconds)
+    ratio = benchmark.ratio(CASE)
+    return benchmark.finish({f"ratio (at most {MOST} is wanted)": round(ratio, 2)}) or int(
+        ratio > MOST
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw ``docs/benchmarks/*.json`` as bars: medians, with the range of the rounds as a line."""
+"""Draw ``docs/benchmarks/*.json`` as bars, with the range of the rounds, and write their page."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import statistics
 import sys
 
 import matplotlib as mpl
-from report import RESULTS
+from report import RESULTS, page
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "rayserve_hooks"  # the same data gives the same file
 
 import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+
+PAGE = RESULTS.parent / "benchmarks.md"
 
 
 def main() -> int:
@@ -45,6 +47,7 @@ def main() -> int:
         figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
         plt.close(figure)
         print(f"drew {file.with_suffix('.svg').name}")
+    PAGE.write_text(page())
     return 0
 
 

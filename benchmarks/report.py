@@ -101,6 +101,45 @@ class Benchmark:
         return 1 if failed else 0
 
 
+_INTRO = """# Benchmarks
+
+Made by `benchmarks/`, each side in turn, in fresh processes, on one shared machine: what counts is
+the ratio of the medians in one run, not a figure by itself. The numbers are in
+`docs/benchmarks/*.json`; this page is made of them.
+
+```console
+$ make bench
+```
+"""
+
+
+def page() -> str:
+    """Write the page of all results in Markdown."""
+    parts = [_INTRO]
+    for file in sorted(RESULTS.glob("*.json")):
+        result = json.loads(file.read_text())
+        lines = [
+            f"## {result['title']}\n",
+            f"`make bench-{file.stem.replace('_', '-')}`, {result['machine']}.\n",
+            f"![{result['title']}](benchmarks/{file.stem}.svg)\n",
+            f"| case | side | median, {result['unit']} | range | first side / last side |",
+            "|---|---|---|---|---|",
+        ]
+        for case, sides in result["values"].items():
+            for side, values in sides.items():
+                last = side == list(sides)[-1] and len(sides) > 1
+                ratio = f"{result['ratios'][case]:.2f}" if last else ""
+                if last and case in result["wanted"]:
+                    ratio += f" (wanted: {result['wanted'][case]:g})"
+                spread = f"{min(values):.3g} to {max(values):.3g}"
+                lines.append(
+                    f"| {case} | {side} | {statistics.median(values):.3g} | {spread} | {ratio} |"
+                )
+        lines += ["", *(f"- {name}: {note}" for name, note in result["notes"].items())]
+        parts.append("\n".join(lines).rstrip() + "\n")
+    return "\n".join(parts)
+
+
 def arguments(description: str | None, rounds: int = 5) -> argparse.Namespace:
     """Parse what all benchmarks take: ``--rounds``, and the hidden ``--one`` of a fresh process."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])

@@ -88,6 +88,8 @@ class Server:
     requests: list[str] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    answering: int = 0
+    idle: threading.Condition = field(default_factory=threading.Condition)
     md5s: dict[tuple[str, int, int], str] = field(default_factory=dict)
 
     def count(self, start: str) -> int:
@@ -95,7 +97,9 @@ class Server:
         return sum(request.startswith(start) for request in self.requests)
 
     def forget(self) -> None:
-        """Set the counters to zero."""
+        """Set the counters to zero, once the answers to clients that are gone have ended."""
+        with self.idle:
+            assert self.idle.wait_for(lambda: self.answering == 0, timeout=10)
         self.requests.clear()
         self.sent.clear()
 
@@ -134,8 +138,18 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError):
-            while (request := self._read()) is not None and self._answer(request):
+            while (request := self._read()) is not None and self._counted(request):
                 pass
+
+    def _counted(self, request: Request) -> bool:
+        with self.s3.idle:
+            self.s3.answering += 1
+        try:
+            return self._answer(request)
+        finally:
+            with self.s3.idle:
+                self.s3.answering -= 1
+                self.s3.idle.notify_all()
 
     def _read(self) -> Request | None:
         line = self.rfile.readline().decode("latin-1")

@@ -116,3 +116,13 @@ def test_streaming_formats_download_nothing() -> None:
     )
     assert _ray.default_download_mode(plain) is NodeModelDownloadable.MODEL_AND_TOKENIZER
     assert _ray.default_download_mode(streaming) is NodeModelDownloadable.NONE
+
+
+def test_a_task_can_ask_for_its_attempt() -> None:
+    from ray._private import worker
+    from ray._raylet import CoreWorker
+
+    assert hasattr(worker, "global_worker"), "Ray moved global_worker; see _ray.task_attempt"
+    assert hasattr(CoreWorker, "get_current_task_attempt_number"), (
+        "Ray moved get_current_task_attempt_number; see _ray.task_attempt"
+    )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import s3
 
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, HookError
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.ray
 
 RECORD = "failing_callbacks:Record"
 ON_NODE = "failing_callbacks:OnNode"
+MODE = "MODEL_AND_TOKENIZER"
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,13 @@ def log(tmp_path: Path) -> Path:
 
 
 def config(log: Path, *callbacks: Any, **fields: Any) -> LLMConfig:
+    fields.setdefault("model_loading_config", {"model_id": "tiny"})
     spread = {
         "callback": "failing_callbacks:SpreadOver",
         "kwargs": {"resources": ["other", "third"]},
     }
     record = {"callback": RECORD, "kwargs": {"path": str(log)}}
-    return rayserve_hooks.LLMConfig(
-        model_id="tiny", callbacks=[spread, record, *callbacks], **fields
-    )
+    return rayserve_hooks.LLMConfig(callbacks=[spread, record, *callbacks], **fields)
 
 
 def on(node: str, what: str, file: Path | None = None, name: str = "") -> dict[str, Any]:
@@ -199,6 +200,50 @@ def test_a_node_that_leaves_names_node_callback_and_phase(
         ray_cluster.head_id,
         ray_cluster.other_id,
     }
+
+
+def test_a_node_that_leaves_in_mid_download(
+    ray_cluster: Any, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "config.json").write_bytes(bytes(10_000_000))
+    node = ray_cluster.cluster.add_node(
+        num_cpus=0, resources={"third": 4}, env_vars={"HF_HUB_CACHE": str(tmp_path / "third")}
+    )
+    with s3.serving(tmp_path) as server:
+        server.rate = 500_000
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        only_there = {
+            "callback": "download_policy",
+            "kwargs": {"local": "NONE", "workers": "NONE", "nodes": {node.node_id: MODE}},
+        }
+
+        def remove() -> None:
+            while not server.sent:  # the server has nothing to wait on for this
+                time.sleep(0.05)
+            ray_cluster.cluster.remove_node(node, allow_graceful=False)
+
+        remover = threading.Thread(target=remove)
+        remover.start()
+        with pytest.raises(
+            HookError,
+            match=rf"node initialization failed on node {node.node_id} \(.*\) \(phase: download\): "
+            "its process was killed or the node died",
+        ):
+            initialize(
+                config(
+                    log,
+                    only_there,
+                    model_loading_config={
+                        "model_id": "tiny",
+                        "model_source": "s3://anonymous@models/tiny",
+                    },
+                    runtime_env={"env_vars": {"AWS_ENDPOINT_URL": server.url}},
+                )
+            )
+        remover.join()
+    assert not list((tmp_path / "third").rglob("snapshots/*/config.json"))
+    assert not list((tmp_path / "third").rglob("main"))
 
 
 def test_cancelling_cleans_up_everywhere(

@@ -1,5 +1,6 @@
 """Every block of the documentation is a part of a file that the tests run."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ BLOCK = re.compile(
 CONSOLE = {
     "make demo",  # tests/test_demo.py
     "make install",  # what .ci/run starts with
+    "make bench",  # by hand, for an hour; test_the_page_of_benchmarks_is_made_of_the_results
     "make test",  # what .ci/run ends with
     ".venv/bin/rayserve-hooks order examples/serve_config.yaml --app-dir examples",  # test_cli.py
     ".venv/bin/python examples/quick_start.py",  # tests/test_end_to_end.py
@@ -29,7 +31,6 @@ CONSOLE = {
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_are_parts_of_tested_files(page: Path) -> None:
     blocks = list(BLOCK.finditer(page.read_text()))
-    assert blocks
     for block in blocks:
         if block["language"] == "console":
             assert {line.removeprefix("$ ") for line in block["code"].splitlines()} <= CONSOLE
@@ -62,6 +63,12 @@ def test_the_failure_in_the_readme_is_what_a_failure_says() -> None:
         detail="RuntimeError: no such bucket",
     )
     assert (ROOT / "examples" / "failure.txt").read_text().strip() == str(error)
+
+
+def test_the_page_of_benchmarks_is_made_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    report = importlib.import_module("report")
+    assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page()
 
 
 def test_the_yaml_of_the_callbacks_page_is_in_order(capsys: pytest.CaptureFixture[str]) -> None:

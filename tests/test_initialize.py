@@ -6,6 +6,7 @@ What needs Ray is imported inside the functions: collecting these tests must sta
 from __future__ import annotations
 
 import asyncio
+import importlib
 import itertools
 import logging
 import os
@@ -21,6 +22,7 @@ from s3_server import S3Server, s3_server
 
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, HookError
+from rayserve_hooks.errors import CallbackConfigError
 
 if TYPE_CHECKING:
     from rayserve_hooks import LLMConfig
@@ -343,6 +345,85 @@ def test_a_group_supplied_by_a_callback_is_the_only_one() -> None:
     before = len(group_states())
     initialize(config({"callback": "custom_placement_group", "kwargs": {"bundles": [{"CPU": 1}]}}))
     assert len(group_states()) == before + 1
+
+
+def test_a_log_line_says_what_is_still_running(
+    ray_cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lifecycle_callbacks
+
+    initialize_module = importlib.import_module("rayserve_hooks.initialize")
+    monkeypatch.setattr(initialize_module, "_LOG_EVERY_S", 0.1)
+    logging.getLogger("ray.serve").propagate = True
+    caplog.set_level(logging.INFO, "ray.serve")
+    pattern = (
+        rf"initialization of running after \d+ s: before init on node {ray_cluster.head_id} "
+        r"\(.*\), callback 'Block' for \d+ s"
+    )
+
+    async def main() -> None:
+        lifecycle_callbacks.RELEASE.clear()
+        task = asyncio.create_task(
+            rayserve_hooks.initialize_node(config("lifecycle_callbacks:Block", model_id="running"))
+        )
+        while not re.search(pattern, caplog.text) and not task.done():  # noqa: ASYNC110 - a log
+            await asyncio.sleep(0.05)
+        lifecycle_callbacks.RELEASE.set()
+        await task
+
+    asyncio.run(main())
+    assert re.search(pattern, caplog.text), caplog.text
+    assert re.search(r"initialized running in .* s: 1 node\(s\), callbacks Block", caplog.text)
+
+
+def test_replacing_the_group_this_process_runs_in_is_logged(ray_cluster: Any) -> None:
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    def in_a_group() -> tuple[str, bool]:
+        records: list[logging.LogRecord] = []
+        logger = logging.getLogger("ray.serve.rayserve_hooks")
+        handler = logging.Handler()
+        handler.emit = records.append  # type: ignore[method-assign]
+        logger.addHandler(handler)
+        own = ray.util.get_current_placement_group()
+        mine = {"callback": "custom_placement_group", "kwargs": {"bundles": [{"CPU": 1}]}}
+        llm_config = rayserve_hooks.LLMConfig(model_id="tiny", callbacks=[mine])
+        ctx = asyncio.run(rayserve_hooks.initialize_node(llm_config))
+        assert ctx.placement_group is not None
+        assert own is not None
+        text = "\n".join(record.getMessage() for record in records)
+        return text, ctx.placement_group.id != own.id
+
+    group = placement_group([{"CPU": 1}])
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    task = ray.remote(in_a_group).options(num_cpus=1, scheduling_strategy=strategy)
+    text, replaced = ray.get(task.remote())
+    assert replaced
+    assert re.search(
+        r"callback 'custom_placement_group' replaced the placement group that Ray Serve made for "
+        r"this replica; that one, bundles \[\{'CPU': 1.0\}\], stays reserved as long as the "
+        "replica lives; to have only one, set placement_group_config of the LLMConfig instead",
+        text,
+    ), text
+
+
+def test_a_callback_that_is_only_on_the_cluster(tmp_path: Path) -> None:
+    import ray
+
+    (tmp_path / "only_there.py").write_text(
+        "class There:\n    def on_before_init(self, ctx):\n        ctx.custom_data['there'] = 1\n"
+    )
+    llm_config = config({"callback": "only_there:There", "only_on_cluster": True})
+    with pytest.raises(CallbackConfigError, match="no module named 'only_there'"):
+        initialize(llm_config)
+
+    def there(llm_config: LLMConfig) -> object:
+        return asyncio.run(rayserve_hooks.initialize_node(llm_config)).custom_data["there"]
+
+    task = ray.remote(there).options(runtime_env={"working_dir": str(tmp_path)})
+    assert ray.get(task.remote(llm_config)) == 1
 
 
 BLOCKED_S = 30.0

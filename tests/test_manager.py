@@ -810,7 +810,10 @@ class Token:
 
 
 LEAKS = type("Leaks", (), {"on_before_init": leaks})
-BY_CONTEXT: tuple[Any, Any] = ({"callback": LEAKS}, {"runtime_env": {"env_vars": {"ANY": SECRET}}})
+BY_CONTEXT: tuple[Any, Any] = (
+    {"callback": LEAKS},
+    {"runtime_env": {"env_vars": {"HF_TOKEN": SECRET}}},
+)
 BY_KWARGS: tuple[Any, Any] = ({"callback": Token, "kwargs": {"hf_token": SECRET}}, {})
 leaking = pytest.mark.parametrize(("callback", "fields"), [BY_CONTEXT, BY_KWARGS])
 

@@ -129,8 +129,8 @@ def test_a_subclass_of_a_secret_is_masked() -> None:
     "values",
     [
         {"hf_token": "s3cret-1"},
-        {"env_vars": {"ANY": "s3cret-1"}},
-        {"runtime_env": {"env_vars": {"ANY": "s3cret-1"}}},
+        {"env_vars": {"HF_TOKEN": "s3cret-1"}},
+        {"runtime_env": {"env_vars": {"HF_TOKEN": "s3cret-1"}}},
         {"credentials": {"a": {"b": "s3cret-1"}}},
         {"api_keys": ["other", "s3cret-1"]},
         {"stores": [{"password": "s3cret-1"}]},
