@@ -412,7 +412,8 @@ def test_replacing_the_group_this_process_runs_in_is_logged(ray_cluster: Any) ->
 def test_a_callback_that_is_only_on_the_cluster(tmp_path: Path) -> None:
     import ray
 
-    (tmp_path / "only_there.py").write_text(
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "only_there.py").write_text(
         "class There:\n    def on_before_init(self, ctx):\n        ctx.custom_data['there'] = 1\n"
     )
     llm_config = config({"callback": "only_there:There", "only_on_cluster": True})
@@ -422,7 +423,8 @@ def test_a_callback_that_is_only_on_the_cluster(tmp_path: Path) -> None:
     def there(llm_config: LLMConfig) -> object:
         return asyncio.run(rayserve_hooks.initialize_node(llm_config)).custom_data["there"]
 
-    task = ray.remote(there).options(runtime_env={"working_dir": str(tmp_path)})
+    package = shutil.make_archive(str(tmp_path / "package"), "zip", tmp_path, "package")
+    task = ray.remote(there).options(runtime_env={"working_dir": f"file://{package}"})
     assert ray.get(task.remote(llm_config)) == 1
 
 
