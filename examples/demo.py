@@ -224,11 +224,13 @@ def print_order(config: Any) -> None:
 
 
 def print_trace(path: Path) -> None:
-    from rayserve_hooks.trace import Trace, TraceEntry
+    from rayserve_hooks.trace import Change, Trace, TraceEntry
 
     trace = Trace()
-    calls = [TraceEntry(**call) for call in json.loads(path.read_text())]
-    trace.extend([call for call in calls if call.callback != "TraceWriter"])
+    for call in json.loads(path.read_text()):
+        changes = tuple(Change(**change) for change in call.pop("changes"))
+        if call["callback"] != "TraceWriter":
+            trace.add(TraceEntry(**call, changes=changes))
     print(f"\nwho ran where\n\n{trace.table()}\n")
 
 

@@ -290,7 +290,7 @@ class _Records:
             "verified": "size" if any(f["verified"] == "size" for f in files) else "checksum",
             "files": files,
         }
-        _write_if_changed(self._marker, json.dumps(marker, indent=1))
+        _write_if_changed(self._marker, json.dumps(marker))
         self._log.unlink(missing_ok=True)
 
 

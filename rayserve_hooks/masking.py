@@ -56,6 +56,8 @@ def shown(value: object, secret: bool = False) -> str:
         text = repr(_USER_IN_URL.sub(MASK, value))
     elif isinstance(value, _PLAIN):
         text = repr(value)
+    elif type(value).__name__ == "PlacementGroup":  # told apart by their ids alone
+        text = f"<PlacementGroup {value.id.hex()}>"  # type: ignore[attr-defined]
     else:
         text = f"<{type(value).__name__}>"
     return _short(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import sys
 
@@ -120,9 +121,9 @@ def test_streaming_formats_download_nothing() -> None:
 
 def test_a_task_can_ask_for_its_attempt() -> None:
     from ray._private import worker
-    from ray._raylet import CoreWorker
 
     assert hasattr(worker, "global_worker"), "Ray moved global_worker; see _ray.task_attempt"
-    assert hasattr(CoreWorker, "get_current_task_attempt_number"), (
+    core_worker = importlib.import_module("ray._raylet").CoreWorker
+    assert hasattr(core_worker, "get_current_task_attempt_number"), (
         "Ray moved get_current_task_attempt_number; see _ray.task_attempt"
     )

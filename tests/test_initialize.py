@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import io
 import itertools
 import logging
 import os
@@ -124,6 +125,12 @@ def test_a_node_task_imports_nothing_heavy(ray_cluster: Any) -> None:
 def test_a_node_task_loads_the_config_when_a_callback_asks(ray_cluster: Any) -> None:
     ctx = initialize(config(SPREAD, "lifecycle_callbacks:ReadConfig"))
     assert ctx.nodes[ray_cluster.other_id].custom_data["model_id"] == "tiny"
+
+
+def test_a_node_task_is_named_after_deployment_and_node(ray_cluster: Any) -> None:
+    ctx = initialize(config(SPREAD, "lifecycle_callbacks:ReadTaskName", model_id="named"))
+    result = ctx.nodes[ray_cluster.other_id]
+    assert result.custom_data["task"] == f"rayserve_hooks:named:{result.node.address}"
 
 
 def test_download_modes_count_per_node(ray_cluster: Any, store: S3Server) -> None:
@@ -382,19 +389,15 @@ def test_replacing_the_group_this_process_runs_in_is_logged(ray_cluster: Any) ->
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     def in_a_group() -> tuple[str, bool]:
-        records: list[logging.LogRecord] = []
-        logger = logging.getLogger("ray.serve.rayserve_hooks")
-        handler = logging.Handler()
-        handler.emit = records.append  # type: ignore[method-assign]
-        logger.addHandler(handler)
+        written = io.StringIO()
+        logging.getLogger("ray.serve.rayserve_hooks").addHandler(logging.StreamHandler(written))
         own = ray.util.get_current_placement_group()
         mine = {"callback": "custom_placement_group", "kwargs": {"bundles": [{"CPU": 1}]}}
         llm_config = rayserve_hooks.LLMConfig(model_id="tiny", callbacks=[mine])
         ctx = asyncio.run(rayserve_hooks.initialize_node(llm_config))
         assert ctx.placement_group is not None
         assert own is not None
-        text = "\n".join(record.getMessage() for record in records)
-        return text, ctx.placement_group.id != own.id
+        return written.getvalue(), ctx.placement_group.id != own.id
 
     group = placement_group([{"CPU": 1}])
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)

@@ -166,3 +166,10 @@ def test_secrets_that_are_no_text_leave_a_text_alone() -> None:
 def test_masking_imports_no_pydantic() -> None:
     code = "import sys, rayserve_hooks.masking; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_placement_group_is_shown_by_its_id() -> None:
+    class PlacementGroup:  # Ray's has an id with hex(), too
+        id = bytes([1, 171])
+
+    assert shown(PlacementGroup()) == "<PlacementGroup 01ab>"
