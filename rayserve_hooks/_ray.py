@@ -11,7 +11,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
-from rayserve_hooks.download import Mirror
 
 if TYPE_CHECKING:
     from ray.llm._internal.common.callbacks.base import (
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from ray.llm._internal.common.callbacks.base import CallbackConfig
     from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
+
+    from rayserve_hooks.download import Mirror
 
 HOOKS_CALLBACK = "rayserve_hooks.HooksCallback"
 
@@ -142,6 +143,8 @@ def create_default_placement_group(config: LLMConfig) -> PlacementGroup:
 
 def model_source(config: LLMConfig) -> tuple[str, Mirror | None]:
     """Give the engine's model id or path, and the bucket it is mirrored in, if any."""
+    from rayserve_hooks.download import Mirror
+
     engine = _engine(config)
     mirror = engine.mirror_config
     if mirror is None:
