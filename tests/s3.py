@@ -73,6 +73,7 @@ class Server:
         first_byte_s: Delay of each answer.
         faults: What goes wrong.
         requests: ``"METHOD path"`` of each request; a listing is ``"LIST prefix"``.
+        heads: The headers of each HEAD, with names in lower case.
         sent: Body bytes of objects, by path.
     """
 
@@ -86,6 +87,7 @@ class Server:
     first_byte_s: float = 0.0
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    heads: list[dict[str, str]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     answering: int = 0
@@ -228,6 +230,7 @@ class _Handler(socketserver.StreamRequestHandler):
             )
         headers = {"ETag": etag, "Last-Modified": MODIFIED, "Accept-Ranges": "bytes"}
         if request.method == "HEAD":
+            self.s3.heads.append(request.headers)
             if request.headers.get("x-amz-checksum-mode"):
                 headers |= self._checksums(request.path, file)
             return self._send(200, headers | {"Content-Length": str(size)}, b"")

@@ -379,6 +379,17 @@ class TestVerification:
         assert of_weights(model)[0] == "size"
         assert f"no checksum for {WEIGHTS} of {URI}: " in caplog.text
 
+    @pytest.mark.parametrize("prefix", ["", "anonymous@"])
+    def test_the_question_for_a_checksum_is_signed_as_the_downloads_are(
+        self, prefix: str, server: s3.Server, model: Path
+    ) -> None:
+        server.etags, server.crc64 = "multipart", True
+        download_node("org/tiny", Mirror(URI.replace("//", f"//{prefix}")), ALL)
+        assert of_weights(model)[0] == "checksum"
+        signatures = {head.get("authorization", "")[:40] for head in server.heads}
+        signed = "AWS4-HMAC-SHA256 Credential=key/" + time.strftime("%Y%m%d", time.gmtime())
+        assert signatures == {"" if prefix else signed[:40]}
+
     @pytest.mark.parametrize("missing", ["boto3", "awscrt.checksums"])
     def test_without_the_libraries(
         self,
