@@ -120,11 +120,12 @@ class NodeTask:
         limit = self._request.stack.time_limits.on_init_failed or 0.0
         for force, patience_s in (False, _STOP_S + limit), (True, _STOP_S):
             if force:
-                self._cleaned_up = False
                 logger.warning("killing the task on node %s, which does not stop", self.node)
             ray.cancel(self._stream, force=force)
             done, _ = await asyncio.wait([self._following], timeout=patience_s)
             if done:
+                # A killed process has cleaned up nothing.
+                self._cleaned_up &= not force
                 return
 
     async def clean_up(self, error: BaseException) -> list[HookError]:
@@ -137,16 +138,18 @@ class NodeTask:
 
         with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
             self._following.exception()  # has been reported, or follows from what was
-        if self._cleaned_up or self.status is None:
+        started = self.status.started if self.status else ()
+        if self._cleaned_up or (self.status is None and self.reply is None):
             return []
         request = self._request
         if self.reply is not None:
             request = replace(request, custom_data=self.reply.custom_data)
+            started = tuple(entry.callback for entry in self.reply.trace)
         limit = request.stack.time_limits.on_init_failed
         task = self._remote(run_clean_up_task, ":clean-up")
         try:
             failures = await asyncio.wait_for(
-                task.remote(request, error, self.status.started),
+                task.remote(request, error, started),
                 None if limit is None else limit + _CLEAN_UP_START_S,
             )
         except (RayError, TimeoutError) as problem:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
@@ -294,6 +295,9 @@ def run_node_task(request: NodeRequest) -> Iterator[NodeStatus | NodeReply]:
     Raises:
         HookError: A callback or the download failed; ``on_init_failed`` has run.
     """
+    # Where Ray was started by a shell that ignores SIGINT, as for a background job, its workers
+    # ignore it, too, and would never hear of ray.cancel.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     statuses: queue.Queue[tuple[NodeStatus, threading.Event] | None] = queue.Queue()
     phase = "before download"
 

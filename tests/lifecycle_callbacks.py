@@ -186,11 +186,3 @@ class BringModel:
     async def on_before_download(self, ctx: CallbackCtx) -> str:
         await asyncio.sleep(0)
         return self.path
-
-
-class ReadTaskName:
-    def on_before_download(self, ctx: CallbackCtx) -> None:
-        import ray
-
-        if not ctx.node.is_local:
-            ctx.custom_data["task"] = ray.get_runtime_context().get_task_name()
