@@ -12,8 +12,9 @@ import concurrent.futures
 import contextvars
 import dataclasses
 import functools
+import inspect
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -74,13 +75,15 @@ class ThreadCall(Generic[T]):
         if self._given_up:
             raise asyncio.CancelledError("this initialization was given up")
 
-    def wait_for(self, coroutine: Coroutine[Any, Any, R]) -> R:
-        """Await a coroutine of this call, from its thread."""
+    def wait_for(self, awaitable: Awaitable[R]) -> R | _Raised:
+        """Await something of this call, from its thread."""
         with self._lock:
             if self._given_up:
-                coroutine.close()
+                if inspect.iscoroutine(awaitable):
+                    awaitable.close()  # or Python complains that nobody awaited it
                 self.check()
-            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop or process_loop())
+            loop = self.loop or process_loop()
+            future = asyncio.run_coroutine_threadsafe(_guarded(awaitable), loop)
             self._coroutines.add(future)
         try:
             return future.result()
@@ -123,8 +126,8 @@ def check_given_up() -> None:
         call.check()
 
 
-def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Wait for ``coroutine`` from synchronous code, also from inside a running event loop.
+def run_coroutine(awaitable: Awaitable[T]) -> T:
+    """Wait for an awaitable from synchronous code, also from inside a running event loop.
 
     It runs on the loop of the enclosing `run_in_thread`, otherwise on one loop per process, so
     that a client opened in one hook still works in the next. A hook that an async callback calls
@@ -135,14 +138,14 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         inside_loop = False
-    guarded = _guarded(coroutine)
     call = _running_call.get()
     if inside_loop and _nested.get():
-        outcome = _on_a_loop_of_its_own(guarded)
+        outcome = _on_a_loop_of_its_own(_guarded(awaitable))
     elif inside_loop or call is None:
+        guarded = _guarded(awaitable)
         outcome = asyncio.run_coroutine_threadsafe(guarded, process_loop()).result()
     else:
-        outcome = call.wait_for(guarded)
+        outcome = call.wait_for(awaitable)
     if isinstance(outcome, _Raised):
         raise outcome.error
     return outcome
@@ -158,7 +161,7 @@ class _Raised:
     error: BaseException
 
 
-async def _guarded(coroutine: Coroutine[Any, Any, T]) -> T | _Raised:
+async def _guarded(awaitable: Awaitable[T]) -> T | _Raised:
     """Hand any exception over as a value.
 
     A ``SystemExit`` or ``KeyboardInterrupt`` would end the loop's thread before the caller hears
@@ -167,7 +170,7 @@ async def _guarded(coroutine: Coroutine[Any, Any, T]) -> T | _Raised:
     """
     _nested.set(True)
     try:
-        return await coroutine
+        return await awaitable
     except BaseException as error:
         return _Raised(error)
 

@@ -6,7 +6,7 @@ import difflib
 import enum
 import inspect
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -341,7 +341,7 @@ class CallbackCtx:
             try:
                 result = fn(*args)
                 if inspect.isawaitable(result):
-                    result = aio.run_coroutine(_awaited(result))
+                    result = aio.run_coroutine(result)
                 outcome = "returned"
                 return result
             finally:
@@ -434,10 +434,6 @@ class CallbackCtx:
         for name, value in values.items():
             setattr(self, name, value)
         object.__setattr__(self, "_before", snapshot(self._values))
-
-
-async def _awaited(awaitable: Awaitable[T]) -> T:
-    return await awaitable
 
 
 _READ_WRITE = tuple(name for name, value in vars(CallbackCtx).items() if isinstance(value, _Field))

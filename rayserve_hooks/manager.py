@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -348,7 +348,7 @@ def _resume(
 def _checked(result: object, hook: str) -> Handled | None:
     """Await a coroutine; turn what a hook may return into a `Handled` or None."""
     if inspect.isawaitable(result):
-        result = aio.run_coroutine(_awaited(result))
+        result = aio.run_coroutine(result)
     if result is None or (isinstance(result, Handled) and hook in FIRST_RESULT):
         return result
     if hook not in FIRST_RESULT:
@@ -359,10 +359,6 @@ def _checked(result: object, hook: str) -> Handled | None:
         f"returned {_shown(result)}; return Handled(...) to say 'done, skip the rest', or None "
         "to go on with the next callback"
     )
-
-
-async def _awaited(awaitable: Awaitable[object]) -> object:
-    return await awaitable
 
 
 def _shown(result: object) -> str:
