@@ -14,11 +14,10 @@ from rayserve_hooks.errors import HookError, describe
 from rayserve_hooks.node import (
     NodeReply,
     NodeRequest,
-    NodeStatus,
     run_clean_up_task,
     run_node_task,
 )
-from rayserve_hooks.trace import LOGGER_NAME
+from rayserve_hooks.trace import LOGGER_NAME, TraceEntry
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -39,16 +38,17 @@ class NodeTask:
 
     Attributes:
         node: The node.
-        status: The last it has said of itself; None until it starts.
+        phase: Its step; None until it starts.
         reply: What it sent back; None until it has ended well.
     """
 
     def __init__(self, request: NodeRequest, runtime_env: dict[str, Any]) -> None:
         self.node: NodeInfo = request.node
-        self.status: NodeStatus | None = None
+        self.phase: str | None = None
         self.reply: NodeReply | None = None
         self._request = request
         self._runtime_env = copy.deepcopy(runtime_env)
+        self._calls: dict[int, TraceEntry] = {}
         self._cleaned_up = False
         self._stream = self._remote(run_node_task, "", num_returns="streaming").remote(request)
         self._following = asyncio.ensure_future(self._follow())
@@ -69,6 +69,24 @@ class NodeTask:
     def ended(self) -> bool:
         return self._following.done()
 
+    @property
+    def running(self) -> TraceEntry | None:
+        """The call that is running there, the innermost one, as far as it is known here."""
+        calls = (self._calls[place] for place in sorted(self._calls, reverse=True))
+        return next((c for c in calls if c.outcome == "running" and not c.background), None)
+
+    def take_trace(self) -> list[TraceEntry]:
+        """Give the calls made there, in order; each is given once, so ask when no more will come.
+
+        One of which the end was never heard, because its process was stopped, is interrupted.
+        """
+        calls = [self._calls[place] for place in sorted(self._calls)]
+        self._calls.clear()
+        for call in calls:
+            if call.outcome == "running":
+                call.outcome = "interrupted"
+        return calls
+
     async def wait(self) -> NodeReply:
         """Wait for the reply.
 
@@ -84,30 +102,32 @@ class NodeTask:
             async for ref in self._stream:
                 item = await ref
                 if isinstance(item, NodeReply):
+                    self._calls = dict(enumerate(item.trace))
                     self.reply = item
                     return item
-                self.status = item
+                self.phase = item.phase
+                self._calls.update(item.calls)
             raise self._failed("its task ended without a reply; see the logs of that node")
+        except TaskCancelledError as error:
+            self._cleaned_up = True
+            raise self._failed("its task was cancelled by somebody else") from error
         except RayTaskError as error:
             self._cleaned_up = True
             if isinstance(error.cause, HookError):
                 raise error.cause from error.cause.__cause__
-            raise self._failed(describe(error)) from error
-        except TaskCancelledError as error:
-            self._cleaned_up = True
-            raise self._failed("it was cancelled") from error
+            raise self._failed(describe(error.cause)) from error
         except RayError as error:
             raise self._failed(
                 f"its process was killed or the node died: {describe(error)}"
             ) from error
 
     def _failed(self, detail: str) -> HookError:
-        running = self.status.running if self.status else None
+        running = self.running
         return HookError(
             callback=running.callback if running else None,
             hook=running.hook if running else None,
             node=str(self.node),
-            phase=self.status.phase if self.status else "before download",
+            phase=self.phase or "before download",
             detail=detail,
         )
 
@@ -138,17 +158,17 @@ class NodeTask:
 
         with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
             self._following.exception()  # has been reported, or follows from what was
-        started = self.status.started if self.status else ()
-        if self._cleaned_up or (self.status is None and self.reply is None):
+        if self._cleaned_up or (self.phase is None and self.reply is None):
             return []
         request = self._request
         if self.reply is not None:
             request = replace(request, custom_data=self.reply.custom_data)
-            started = tuple(entry.callback for entry in self.reply.trace)
+        calls_made = self.reply.trace if self.reply else self._calls.values()
+        started = {call.callback for call in calls_made}
         limit = request.stack.time_limits.on_init_failed
         task = self._remote(run_clean_up_task, ":clean-up")
         try:
-            failures = await asyncio.wait_for(
+            failures, calls = await asyncio.wait_for(
                 task.remote(request, error, started),
                 None if limit is None else limit + _CLEAN_UP_START_S,
             )
@@ -162,4 +182,6 @@ class NodeTask:
             )
             logger.error("%s", failure)  # noqa: TRY400 - the text has the cause
             return [failure]
+        first = max(self._calls, default=-1) + 1
+        self._calls.update(enumerate(calls, first))
         return list(failures)

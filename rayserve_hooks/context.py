@@ -200,6 +200,8 @@ class CallbackCtx:
         runtime_env: The runtime environment of the per-node tasks and the engine's workers.
         extra_init_kwargs: Merged into the engine's keyword arguments before the engine starts.
         custom_data: The callbacks' own shared state.
+        handled: What a callback returned from ``on_before_init`` to take over the initialization;
+            None if none did. What ended ``on_before_download`` is in ``nodes``. Read-only.
         node: The node this call runs on. Read-only.
         nodes: By node id, what each node's initialization left; empty before the downloads.
             Read-only.
@@ -213,6 +215,7 @@ class CallbackCtx:
         "_before",
         "_config_loader",
         "_conflicts",
+        "_handled",
         "_node",
         "_nodes",
         "_on_call",
@@ -261,6 +264,7 @@ class CallbackCtx:
         """
         set_slot = object.__setattr__
         set_slot(self, "_config_loader", llm_config)
+        set_slot(self, "_handled", None)
         set_slot(self, "_node", node)
         set_slot(self, "_nodes", {})
         set_slot(self, "_role", role)
@@ -292,6 +296,10 @@ class CallbackCtx:
         if callable(self._config_loader):
             object.__setattr__(self, "_config_loader", self._config_loader())
         return self._config_loader  # type: ignore[no-any-return]
+
+    @property
+    def handled(self) -> Handled | None:
+        return self._handled  # type: ignore[no-any-return]
 
     @property
     def node(self) -> NodeInfo:
@@ -428,6 +436,9 @@ class CallbackCtx:
             if earlier != entry.callback and not path.startswith("custom_data"):
                 self._trace.warn_of_conflict(path, earlier, entry.callback)
             self._conflicts[path] = entry.callback
+
+    def _take_over(self, handled: Handled | None) -> None:
+        object.__setattr__(self, "_handled", handled)
 
     def _adopt(self, **values: Any) -> None:
         """Set fields on behalf of the initialization itself, not of a callback."""

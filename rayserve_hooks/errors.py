@@ -85,6 +85,7 @@ class HookError(HooksError, RuntimeError):
         phase: ``"before init"``, ``"placement"``, ``"before download"``, ``"download"``,
             ``"engine arguments"``, ``"after init"`` or ``"clean-up"``.
         detail: What went wrong.
+        advice: What to do about it, where the detail does not say so.
         cleanup_errors: What failed in ``on_init_failed`` afterwards.
     """
 
@@ -96,6 +97,7 @@ class HookError(HooksError, RuntimeError):
         node: str,
         phase: str,
         detail: str,
+        advice: str = "",
         cleanup_errors: Sequence[HookError] = (),
     ) -> None:
         self.cleanup_errors = list(cleanup_errors)
@@ -104,19 +106,18 @@ class HookError(HooksError, RuntimeError):
         self.node = node
         self.phase = phase
         self.detail = detail
+        self.advice = advice
         super().__init__(detail)
 
     def __str__(self) -> str:
         return "\nthe clean-up failed too: ".join([self._text(), *map(str, self.cleanup_errors)])
 
     def _text(self) -> str:
-        where = f"on node {self.node} (phase: {self.phase})"
-        if self.callback is None:
-            return f"node initialization failed {where}: {self.detail}"
-        return (
-            f"callback {self.callback!r} failed in hook {self.hook} {where}: {self.detail}; "
-            "fix the callback, or set 'on_error: warn' on it to go on without it"
-        )
+        what = "node initialization failed"
+        if self.callback is not None:
+            what = f"callback {self.callback!r} failed in hook {self.hook}"
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{what} on node {self.node} (phase: {self.phase}): {self.detail}{advice}"
 
     def __reduce__(self) -> tuple[object, ...]:
         fields = {
@@ -125,6 +126,7 @@ class HookError(HooksError, RuntimeError):
             "node": self.node,
             "phase": self.phase,
             "detail": self.detail,
+            "advice": self.advice,
             "cleanup_errors": self.cleanup_errors,
         }
         return _rebuild_hook_error, (fields, _portable(self.__cause__))

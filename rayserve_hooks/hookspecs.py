@@ -91,8 +91,9 @@ class RayServeLLMCallback(Protocol):
         Not for: anything that needs the running engine.
 
         Parameters:
-            ctx: ``nodes`` holds each node's model path, ``custom_data`` and timings;
-                ``extra_init_kwargs`` and ``runtime_env`` still count.
+            ctx: ``nodes`` holds each node's model path, ``custom_data`` and timings, ``handled``
+                what a callback returned to take over; ``extra_init_kwargs`` and ``runtime_env``
+                still count.
 
         Returns:
             ``None``: all callbacks run. Anything else is an error.

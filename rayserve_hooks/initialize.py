@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayserve_hooks import _ray, aio
 from rayserve_hooks.cluster import NodeTask
-from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, NodeResult
+from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.errors import HookError, describe
 from rayserve_hooks.hookspecs import PHASES
 from rayserve_hooks.manager import get_plugin_manager, stack_of
@@ -88,7 +88,7 @@ class _Initialization:
         log = asyncio.create_task(self._log_still_running())
         try:
             async with time_limit("total", self.limits.total, self.ctx, "total"):
-                handled = await self._run_hooks()
+                await self._run_hooks()
         except BaseException as raised:  # whatever ends the initialization, it is cleaned up
             error = self._as_hook_error(raised)
             await self._fail(error)
@@ -97,40 +97,38 @@ class _Initialization:
             raise error from raised
         finally:
             log.cancel()
-        self._log_summary(handled)
+        self._log_summary()
         return self.ctx
 
-    async def _run_hooks(self) -> Handled | None:
+    async def _run_hooks(self) -> None:
         ctx = self.ctx
-        handled = await with_background(self.manager, ctx, self._make_nodes_ready())
+        await with_background(self.manager, ctx, self._make_nodes_ready())
         here = ctx._nodes.get(ctx.node.id)
         if here is not None:  # only now no background task adds to it any more
             ctx._nodes[ctx.node.id] = replace(here, custom_data=dict(ctx.custom_data))
         self.phase = "engine arguments"
-        _set_model_path(ctx, handled)
+        _set_model_path(ctx)
         _set_engine_kwargs(ctx)
         self.phase = "after init"
         await with_background(self.manager, ctx, self._call("on_after_init"))
         self.phase = "engine arguments"
         _set_engine_kwargs(ctx)
         self.environment.export(ctx)
-        return handled
 
     async def _call(self, hook: str) -> Any:
         limit = getattr(self.limits, hook)
         async with time_limit(hook, limit, self.ctx, PHASES[hook]):
             return await aio.run_in_thread(getattr(self.manager.hook, hook), ctx=self.ctx)
 
-    async def _make_nodes_ready(self) -> Handled | None:
+    async def _make_nodes_ready(self) -> None:
         before = self.ctx.placement_group
-        handled: Handled | None = await self._call("on_before_init")
+        self.ctx._take_over(await self._call("on_before_init"))
         self.environment.export(self.ctx)
         self.phase = "placement"
         _warn_of_reserved(self.ctx, before)
         group, self.created = await _ensure_placement_group(self.ctx)
-        if handled is None:
+        if self.ctx.handled is None:
             await self._initialize_nodes(group)
-        return handled
 
     async def _initialize_nodes(self, group: PlacementGroup) -> None:
         """Initialize every node at once: this one in a thread, the others as Ray tasks."""
@@ -155,6 +153,8 @@ class _Initialization:
             here = initialize_this_node(self.manager, ctx, source, self._set_phase)
             waits.append(here)
         outcomes = await _all(waits)
+        for task in self.tasks:
+            ctx.trace.extend(task.take_trace())
         results = {}
         for outcome in outcomes:
             result = _merge(ctx, outcome) if isinstance(outcome, NodeReply) else outcome
@@ -191,6 +191,8 @@ class _Initialization:
         try:
             await asyncio.gather(*(task.stop() for task in self.tasks))
             failures = await asyncio.gather(*(task.clean_up(error) for task in self.tasks))
+            for task in self.tasks:
+                self.ctx.trace.extend(task.take_trace())
             here = await clean_up(self.manager, self.ctx, error)
             if isinstance(error, HookError):
                 error.cleanup_errors.extend([*itertools.chain(*failures), *here])
@@ -222,22 +224,23 @@ class _Initialization:
         texts = []
         for task in self.tasks:
             if not task.ended:
-                status = task.status
-                phase = status.phase if status else "waiting for a worker process"
-                texts.append(_doing(phase, task.node, status.running if status else None))
+                phase = task.phase or "waiting for a worker process"
+                texts.append(_doing(phase, task.node, task.running))
         running = self.ctx._running
         if running is not None or not texts:
             texts.append(_doing(self.phase, self.ctx.node, running))
         return texts
 
-    def _log_summary(self, handled: Handled | None) -> None:
+    def _log_summary(self) -> None:
+        handled = self.ctx.handled
+        reason = redact(handled.reason, self.ctx._values) if handled else ""
         logger.info(
             "initialized %s in %.2f s: %d node(s), callbacks %s%s",
             self.deployment,
             self._seconds(),
             len(self.ctx.nodes),
             ", ".join(entry.name for entry in self.manager.stack.entries) or "none",
-            f", handled by a callback: {handled.reason or 'no reason given'}" if handled else "",
+            f", handled by a callback: {reason or 'no reason given'}" if handled else "",
         )
         logger.debug("%r", self.ctx.trace)
 
@@ -350,7 +353,6 @@ def _remove(group: PlacementGroup) -> None:
 
 def _merge(ctx: CallbackCtx, reply: NodeReply) -> NodeResult:
     """Take over what another node's callbacks did: trace, engine arguments, custom_data."""
-    ctx.trace.extend(reply.trace)
     node = reply.result.node
     merged = dict(ctx.extra_init_kwargs)
     for entry in reply.trace:
@@ -383,9 +385,9 @@ def _merge(ctx: CallbackCtx, reply: NodeReply) -> NodeResult:
     return unpack(reply)
 
 
-def _set_model_path(ctx: CallbackCtx, handled: Handled | None) -> None:
+def _set_model_path(ctx: CallbackCtx) -> None:
     """Tell the engine where the model is; all nodes that report a path must report the same."""
-    reported = [handled] if handled is not None else ctx.nodes.values()
+    reported = [ctx.handled] if ctx.handled is not None else ctx.nodes.values()
     paths = {str(source.model_path) for source in reported if source.model_path is not None}
     if len(paths) > 1:
         where = ", ".join(f"{result.node}: {result.model_path!r}" for result in ctx.nodes.values())

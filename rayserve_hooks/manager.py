@@ -267,7 +267,11 @@ def _call(this: _Call) -> Callable[..., Any]:
         try:
             returned = function(*args)
             result = None if returned is None else _checked(returned, hook)
-            outcome = "returned" if result is None else "handled"
+            if result is None:
+                outcome = "returned"
+            else:
+                outcome = "handled"
+                entry.reason = redact(result.reason, ctx._values)
             return result
         except Exception as error:
             outcome = "warned" if this.warns else "failed"
@@ -416,6 +420,7 @@ def hook_error(
         node=str(ctx.node),
         phase=PHASES[hook],
         detail=what + redact(describe(error), values),
+        advice="fix the callback, or set 'on_error: warn' on it to go on without it",
     )
     failure.__cause__ = _without_secrets(error, values)
     return failure

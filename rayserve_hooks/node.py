@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import os
 import queue
@@ -36,7 +37,7 @@ from rayserve_hooks.manager import (
     hook_error,
     log_warned,
 )
-from rayserve_hooks.trace import TraceEntry
+from rayserve_hooks.trace import Trace, TraceEntry
 
 T = TypeVar("T")
 
@@ -79,13 +80,12 @@ class NodeStatus:
 
     Attributes:
         phase: ``"before download"`` or ``"download"``.
-        running: The call of a callback that has just started, if any.
-        started: The callbacks called so far.
+        calls: By place in the node's trace, the calls that are new or have ended since the last
+            status; copies, as they were then.
     """
 
     phase: str
-    running: TraceEntry | None
-    started: tuple[str, ...]
+    calls: dict[int, TraceEntry]
 
 
 @dataclass(frozen=True)
@@ -299,22 +299,22 @@ def run_node_task(request: NodeRequest) -> Iterator[NodeStatus | NodeReply]:
     # ignore it, too, and would never hear of ray.cancel.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     statuses: queue.Queue[tuple[NodeStatus, threading.Event] | None] = queue.Queue()
+    news = _News()
     phase = "before download"
 
-    def report(running: TraceEntry | None) -> threading.Event:
+    def report() -> threading.Event:
         sent = threading.Event()
-        started = tuple(dict.fromkeys(entry.callback for entry in ctx.trace))
-        statuses.put((NodeStatus(phase, running, started), sent))
+        statuses.put((NodeStatus(phase, news.of(ctx.trace)), sent))
         return sent
 
-    def on_call(entry: TraceEntry) -> None:
+    def on_call(_: TraceEntry) -> None:
         # Held up until the replica knows: this may be the last it hears.
-        report(entry).wait(_POLL_S)
+        report().wait(_POLL_S)
 
     def on_phase(name: str) -> None:
         nonlocal phase
         phase = name
-        report(None)
+        report()
 
     ctx = _context_of(request, on_call)
     manager = get_plugin_manager(request.stack)
@@ -336,30 +336,54 @@ def run_node_task(request: NodeRequest) -> Iterator[NodeStatus | NodeReply]:
         # custom_data goes back key by key, so that one that cannot travel is an error naming it.
         custom_data = pack_custom_data(ctx, request.custom_data_setters)
         reply = NodeReply(work.result(), custom_data, ctx.extra_init_kwargs, list(ctx.trace))
-    except BaseException as error:
+    except Exception as error:
+        _clean_up_after(manager, ctx, error)
+        yield NodeStatus(phase, dict(enumerate(ctx.trace)))
+        raise
+    except BaseException:  # the KeyboardInterrupt of ray.cancel; nothing can be yielded any more
         work.cancel()
-        if not isinstance(error, Exception):
-            error = HookError(
-                callback=None,
-                hook=None,
-                node=str(ctx.node),
-                phase=phase,
-                detail="stopped, because the initialization has failed elsewhere or was cancelled",
-            )
-        failures = _start(clean_up(manager, ctx, error)).result()
-        if isinstance(error, HookError):
-            error.cleanup_errors.extend(failures)
+        detail = "stopped, because the initialization has failed elsewhere or was cancelled"
+        stopped = HookError(
+            callback=None, hook=None, node=str(ctx.node), phase=phase, detail=detail
+        )
+        _clean_up_after(manager, ctx, stopped)
         raise
     yield reply
 
 
+class _News:
+    """Picks from a growing trace what has changed since it was last asked."""
+
+    def __init__(self) -> None:
+        self._known = 0
+        self._open: set[int] = set()
+
+    def of(self, trace: Trace) -> dict[int, TraceEntry]:
+        places = [*sorted(self._open), *range(self._known, len(trace))]
+        news = {place: copy.copy(trace[place]) for place in places}
+        self._known += len(places) - len(self._open)
+        self._open = {place for place, entry in news.items() if entry.duration_s is None}
+        return news
+
+
+def _clean_up_after(manager: PluginManager, ctx: CallbackCtx, error: Exception) -> None:
+    failures = _start(clean_up(manager, ctx, error)).result()
+    if isinstance(error, HookError):
+        error.cleanup_errors.extend(failures)
+
+
 def run_clean_up_task(
-    request: NodeRequest, error: BaseException, started: tuple[str, ...]
-) -> list[HookError]:
-    """Run ``on_init_failed`` on a node whose own task has ended."""
+    request: NodeRequest, error: BaseException, started: set[str]
+) -> tuple[list[HookError], list[TraceEntry]]:
+    """Run ``on_init_failed`` on a node whose own task has ended.
+
+    Returns:
+        What failed in it, and the calls that were made.
+    """
     ctx = _context_of(request)
     manager = get_plugin_manager(request.stack)
-    return _start(clean_up(manager, ctx, error, started)).result()
+    failures = _start(clean_up(manager, ctx, error, started)).result()
+    return failures, list(ctx.trace)
 
 
 def _start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:

@@ -56,6 +56,7 @@ class TraceEntry:
             with ``on_error: warn``), ``"timed out"`` or ``"interrupted"`` (ended by a
             ``KeyboardInterrupt``, ``SystemExit`` or cancellation).
         changes: What it changed, from what to what.
+        reason: What a ``Handled`` gave as its reason, secrets masked.
         background: Name of the function it had given to ``ctx.run_in_background``, if the call
             is that one; empty for the hook's own call.
         attempt: 1, or more where Ray had to start the node's task again.
@@ -70,6 +71,7 @@ class TraceEntry:
     duration_s: float | None = None
     outcome: str = "running"
     changes: tuple[Change, ...] = ()
+    reason: str = ""
     background: str = ""
     attempt: int = 1
     _started: float = field(default_factory=time.perf_counter, repr=False, compare=False)
@@ -146,14 +148,18 @@ class Trace(Sequence[TraceEntry]):
                     str(entry.pid),
                     entry.node_id[:8],
                     "" if entry.duration_s is None else f"{entry.duration_s * 1000:.1f}",
-                    f"{entry.outcome}, attempt {entry.attempt}"
-                    if entry.attempt > 1
-                    else entry.outcome,
+                    _outcome(entry),
                     ", ".join(map(str, entry.changes)),
                 )
                 for entry in self._entries
             ],
         )
+
+
+def _outcome(entry: TraceEntry) -> str:
+    reason = f": {entry.reason}" if entry.reason else ""
+    attempt = f", attempt {entry.attempt}" if entry.attempt > 1 else ""
+    return f"{entry.outcome}{reason}{attempt}"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +109,35 @@ class OnNode:
             self.begun()
         threading.Event().wait()
 
+    def hang_in_native_code(self, ctx: CallbackCtx) -> None:
+        # With the interpreter's lock held: no signal handler runs, and no other thread.
+        self.begun()
+        ctypes.PyDLL(None).sleep(600)
+
     def fail_in_background(self, ctx: CallbackCtx) -> None:
         ctx.run_in_background(self._restore, "compile cache")
 
     async def _restore(self, what: str) -> None:
         await asyncio.sleep(0)
         raise RuntimeError(f"no {what}")
+
+
+class RefuseToBeBuilt:
+    """A constructor that works on the head node only, as where a library is missing elsewhere."""
+
+    def __init__(self, head: str) -> None:
+        import ray
+
+        if ray.is_initialized() and ray.get_runtime_context().get_node_id() != head:
+            raise OSError("libstore.so: no such file")
+
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        pass
+
+
+def no_reply(request: object) -> Iterator[object]:
+    """End as no node task should."""
+    yield from ()
 
 
 class HangInReplica:

@@ -127,6 +127,27 @@ class PathPerNode:
         return f"/models/{'local' if ctx.node.is_local else 'other'}"
 
 
+class SeedPerNode:
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        ctx.extra_init_kwargs["seed"] = 1 if ctx.node.is_local else 2
+
+
+class SeeHandled:
+    def on_after_init(self, ctx: CallbackCtx) -> None:
+        ctx.custom_data["handled"] = ctx.handled
+        ctx.custom_data["brought"] = [
+            (node.model_path, node.handled) for node in ctx.nodes.values()
+        ]
+
+
+class RemovedGroup:
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        ctx.placement_group = placement_group([{"CPU": 1}])
+        remove_placement_group(ctx.placement_group)
+
+
 class ReadEnvironment:
     def __init__(self, name: str) -> None:
         self.name = name

@@ -22,8 +22,8 @@ from rayserve_hooks.trace import LOGGER_NAME
 
 def make_ctx(**fields: Any) -> CallbackCtx:
     llm_config: Any = object()
-    node = NodeInfo("n1", "10.0.0.1", is_local=True)
-    return CallbackCtx(llm_config=llm_config, node=node, **fields)
+    fields.setdefault("node", NodeInfo("n1", "10.0.0.1", is_local=True))
+    return CallbackCtx(llm_config=llm_config, **fields)
 
 
 def hook_arguments(hook: str, ctx: CallbackCtx | None = None) -> dict[str, Any]:

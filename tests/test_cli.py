@@ -225,6 +225,7 @@ def test_a_config_without_callbacks(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("[1]", "holds no mapping; name a Serve config file"),
         ("a: 1", "has no list 'applications'; name a Serve config file"),
         ("a: [", "cannot read"),
+        ("applications: [x]", "applications holds 'x', no mapping"),
     ],
 )
 def test_no_serve_config(

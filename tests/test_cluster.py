@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import failing_callbacks
 import pytest
 import s3
 
 import rayserve_hooks
-from rayserve_hooks import CallbackCtx, HookError
+from rayserve_hooks import CallbackCtx, HookError, cluster
 
 if TYPE_CHECKING:
     from rayserve_hooks import LLMConfig
@@ -93,6 +96,119 @@ def test_a_task_that_is_always_killed_names_node_callback_and_phase(
         third.node_id,
     }
     assert cleaned[-1]["node"] == ray_cluster.head_id, "the replica's process comes last"
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_STOP_S", 1.0)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_task_that_heeds_no_cancel_is_killed_and_cleaned_up_after(
+    ray_cluster: Any, third: Any, log: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    begun = log.with_name("begun")
+    with pytest.raises(
+        HookError, match="callback 'fail_when_the_other_has_begun' failed"
+    ) as caught:
+        initialize(
+            config(
+                log,
+                on(ray_cluster.other_id, "hang_in_native_code", begun),
+                on(third.node_id, "fail_when_the_other_has_begun", begun),
+                time_limits={"on_init_failed": 5},
+            )
+        )
+    assert re.search(
+        rf"killing the task on node {ray_cluster.other_id} \(.*\), which does not stop", caplog.text
+    )
+    (cleaned,) = (c for c in calls(log, "on_init_failed") if c["node"] == ray_cluster.other_id)
+    (before,) = (c for c in calls(log, "on_before_download") if c["node"] == ray_cluster.other_id)
+    assert cleaned["pid"] != before["pid"], "its own process was killed"
+    assert caught.value.cleanup_errors == []
+
+
+def test_the_trace_after_a_failure_has_the_calls_of_all_nodes(
+    ray_cluster: Any, third: Any, log: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    begun = tmp_path / "begun"
+    with pytest.raises(HookError):
+        initialize(
+            config(
+                log,
+                on(ray_cluster.other_id, "hang", begun),
+                on(third.node_id, "fail_when_the_other_has_begun", begun),
+            )
+        )
+    (record,) = (r for r in caplog.records if "what ran until then" in r.getMessage())
+    _, _, *lines = record.getMessage().splitlines()[1:]
+    rows = [re.split(" {2,}", line) for line in lines]
+    outcomes = {(hook, name, node): rest for hook, name, _, _, node, *rest in rows}
+    head, other = ray_cluster.head_id[:8], ray_cluster.other_id[:8]
+    failed = third.node_id[:8]
+    assert outcomes["on_before_init", "Record", head][-1] == "returned"
+    assert outcomes["on_before_download", "hang", other] == ["interrupted"]
+    assert outcomes["on_before_download", "fail_when_the_other_has_begun", failed][-1] == "failed"
+    assert {(hook, node) for hook, _, node in outcomes if hook == "on_init_failed"} >= {
+        ("on_init_failed", head),
+        ("on_init_failed", failed),
+    }
+
+
+def test_a_callback_that_cannot_be_built_on_a_node(ray_cluster: Any, third: Any, log: Path) -> None:
+    refuse = "failing_callbacks:RefuseToBeBuilt"
+    with pytest.raises(
+        HookError,
+        match=r"^node initialization failed on node \w+ \(.*\) \(phase: before download\): "
+        r"rayserve_hooks.errors.CallbackConfigError: callback 'RefuseToBeBuilt': "
+        r"failing_callbacks.RefuseToBeBuilt\(head: .*\) refused kwargs \['head'\]: OSError: "
+        "libstore.so: no such file$",
+    ):
+        initialize(config(log, {"callback": refuse, "kwargs": {"head": ray_cluster.head_id}}))
+
+
+def test_a_task_that_ends_without_a_reply_is_a_failure(
+    third: Any, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "run_node_task", failing_callbacks.no_reply)
+    with pytest.raises(
+        HookError,
+        match=rf"^node initialization failed on node {third.node_id} \(.*\) \(phase: before "
+        r"download\): its task ended without a reply; see the logs of that node$",
+    ):
+        initialize(config(log, resources=["third"]))
+
+
+def test_a_task_that_somebody_else_cancels_is_a_failure(
+    third: Any, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    begun = tmp_path / "begun"
+    tasks = []
+
+    class Known(cluster.NodeTask):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            tasks.append(self)
+
+    async def main() -> None:
+        llm_config = config(log, on(third.node_id, "hang", begun), resources=["third"])
+        running = asyncio.create_task(rayserve_hooks.initialize_node(llm_config))
+        while not begun.exists():  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.05)
+        ray.cancel(tasks[0]._stream)
+        await running
+
+    monkeypatch.setattr("rayserve_hooks.initialize.NodeTask", Known)
+    with pytest.raises(
+        HookError,
+        match=rf"^callback 'hang' failed in hook on_before_download on node {third.node_id} \(.*\) "
+        r"\(phase: before download\): its task was cancelled by somebody else$",
+    ):
+        asyncio.run(main())
 
 
 def test_a_hang_is_cut_off_by_its_limit(ray_cluster: Any, third: Any, log: Path) -> None:
@@ -176,29 +292,42 @@ def test_a_background_task_that_fails_on_a_node_names_its_callback(third: Any, l
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_a_node_that_leaves_names_node_callback_and_phase(
-    ray_cluster: Any, log: Path, tmp_path: Path
-) -> None:
-    begun = tmp_path / "begun"
-    node = ray_cluster.cluster.add_node(num_cpus=0, resources={"leaves": 1})
+@contextlib.contextmanager
+def removed_when(condition: Callable[[], bool], node: Any, ray_cluster: Any) -> Iterator[None]:
+    """Take a node out of the cluster as soon as something holds, while the block runs."""
 
     def remove() -> None:
-        while not begun.exists():  # of another process: there is nothing to wait on
+        while not condition():  # it is about another process: there is nothing to wait on
             time.sleep(0.05)
         ray_cluster.cluster.remove_node(node, allow_graceful=False)
 
     remover = threading.Thread(target=remove)
     remover.start()
-    with pytest.raises(
-        HookError,
-        match=rf"callback 'hang' failed in hook on_before_download on node {node.node_id} \(.*\) "
-        r"\(phase: before download\): its process was killed or the node died",
-    ) as caught:
-        initialize(config(log, on(node.node_id, "hang", begun), resources=LEAVES))
+    yield
     remover.join()
-    assert [error.detail[:24] for error in caught.value.cleanup_errors] == [
-        "on_init_failed did not r"
-    ]
+
+
+def test_a_node_that_leaves_names_node_callback_and_phase(
+    ray_cluster: Any, log: Path, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+    node = ray_cluster.cluster.add_node(num_cpus=0, resources={"leaves": 1})
+    with (
+        removed_when(begun.exists, node, ray_cluster),
+        pytest.raises(
+            HookError,
+            match=rf"callback 'hang' failed in hook on_before_download on node {node.node_id} "
+            r"\(.*\) \(phase: before download\): its process was killed or the node died",
+        ) as caught,
+    ):
+        initialize(config(log, on(node.node_id, "hang", begun), resources=LEAVES))
+    (failure,) = caught.value.cleanup_errors
+    assert re.match(
+        rf"node initialization failed on node {node.node_id} \(.*\) \(phase: clean-up\): "
+        r"on_init_failed did not run: ray.exceptions.TaskUnschedulableError: .* The node specified "
+        "via NodeAffinitySchedulingStrategy doesn't exist any more",
+        str(failure),
+    ), str(failure)
     assert {call["node"] for call in calls(log, "on_init_failed")} == {
         ray_cluster.head_id,
         ray_cluster.other_id,
@@ -220,18 +349,13 @@ def test_a_node_that_leaves_in_mid_download(
             "callback": "download_policy",
             "kwargs": {"local": "NONE", "workers": "NONE", "nodes": {node.node_id: MODE}},
         }
-
-        def remove() -> None:
-            while not server.sent:  # the server has nothing to wait on for this
-                time.sleep(0.05)
-            ray_cluster.cluster.remove_node(node, allow_graceful=False)
-
-        remover = threading.Thread(target=remove)
-        remover.start()
-        with pytest.raises(
-            HookError,
-            match=rf"node initialization failed on node {node.node_id} \(.*\) \(phase: download\): "
-            "its process was killed or the node died",
+        with (
+            removed_when(lambda: bool(server.sent), node, ray_cluster),
+            pytest.raises(
+                HookError,
+                match=rf"node initialization failed on node {node.node_id} \(.*\) \(phase: "
+                r"download\): its process was killed or the node died",
+            ),
         ):
             initialize(
                 config(
@@ -245,7 +369,6 @@ def test_a_node_that_leaves_in_mid_download(
                     runtime_env={"env_vars": {"AWS_ENDPOINT_URL": server.url}},
                 )
             )
-        remover.join()
     assert not list((tmp_path / "third").rglob("snapshots/*/config.json"))
     assert not list((tmp_path / "third").rglob("main"))
 

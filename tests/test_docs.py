@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from plugins_for_tests import make_ctx
 
-from rayserve_hooks import HookError
 from rayserve_hooks.cli import main
+from rayserve_hooks.context import NodeInfo
 from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback
+from rayserve_hooks.manager import hook_error
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,13 +57,8 @@ def test_the_hook_table_is_the_contract() -> None:
 
 
 def test_the_failure_in_the_readme_is_what_a_failure_says() -> None:
-    error = HookError(
-        callback="Fail",
-        hook="on_before_download",
-        node="4f… (10.0.0.7)",
-        phase="before download",
-        detail="RuntimeError: no such bucket",
-    )
+    ctx = make_ctx(node=NodeInfo("4f…", "10.0.0.7", is_local=False))
+    error = hook_error(RuntimeError("no such bucket"), ctx, "Fail", "on_before_download")
     assert (ROOT / "examples" / "failure.txt").read_text().strip() == str(error)
 
 

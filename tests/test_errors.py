@@ -24,6 +24,7 @@ def hook_error() -> HookError:
         node=NODE,
         phase="before init",
         detail="ValueError: boom",
+        advice="fix the callback",
     )
 
 
@@ -64,8 +65,7 @@ class TwoArgumentsError(Exception):
 def test_the_text_names_callback_hook_node_and_phase_and_says_what_to_do() -> None:
     assert str(hook_error()) == (
         "callback 'Fetch' failed in hook on_before_init on node n1 (10.0.0.1) "
-        "(phase: before init): ValueError: boom; fix the callback, or set 'on_error: warn' on it "
-        "to go on without it"
+        "(phase: before init): ValueError: boom; fix the callback"
     )
 
 

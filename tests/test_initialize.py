@@ -22,7 +22,7 @@ import pytest
 from s3_server import S3Server, s3_server
 
 import rayserve_hooks
-from rayserve_hooks import CallbackCtx, HookError
+from rayserve_hooks import CallbackCtx, Handled, HookError
 from rayserve_hooks.errors import CallbackConfigError
 
 if TYPE_CHECKING:
@@ -186,7 +186,9 @@ def files_in(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.glob("hub/models--tiny/snapshots/*/*"))
 
 
-def test_handled_skips_nodes_and_sets_the_model() -> None:
+def test_handled_skips_nodes_and_sets_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    caplog.set_level(logging.INFO, "ray.serve")
     llm_config = config("lifecycle_callbacks:TakeOver", "lifecycle_callbacks:Plain")
     with pytest.raises(HookError, match="has no attribute 'seen'"):
         initialize(llm_config)  # Plain.on_before_init was skipped, its on_after_init was not
@@ -197,8 +199,26 @@ def test_handled_skips_nodes_and_sets_the_model() -> None:
         ("on_after_init", "Last", "returned"),
     ]
     assert not ctx.nodes
+    assert ctx.trace[0].reason == "it is baked into the image"
+    assert "handled: it is baked into the image" in ctx.trace.table()
+    assert re.search(
+        r"initialized tiny in .* s: 0 node\(s\), callbacks TakeOver, Last, handled by a callback: "
+        "it is baked into the image",
+        caplog.text,
+    )
     engine: Any = llm_config.get_engine_config()
     assert engine.hf_model_id == "/models/taken-over"
+
+
+def test_on_after_init_sees_who_took_over_and_what_a_node_brought() -> None:
+    see = "lifecycle_callbacks:SeeHandled"
+    ctx = initialize(config("lifecycle_callbacks:TakeOver", see, model_id="taken"))
+    assert ctx.custom_data["handled"] == Handled("/models/taken-over", "it is baked into the image")
+    assert ctx.custom_data["brought"] == []
+    bring = {"callback": "lifecycle_callbacks:BringModel", "kwargs": {"path": "/models/brought"}}
+    ctx = initialize(config(bring, see, model_id="brought"))
+    assert ctx.custom_data["handled"] is None
+    assert ctx.custom_data["brought"] == [("/models/brought", Handled("/models/brought"))]
 
 
 def test_engine_arguments_reach_the_engine_and_its_front_end() -> None:
@@ -224,6 +244,19 @@ def test_engine_arguments_come_back_from_other_nodes(caplog: pytest.LogCaptureFi
     assert re.search(
         r"callback 'NoEffect' set ctx.runtime_env.working_dir in on_before_download on node .*, "
         r"where it has no effect; set it in on_before_init",
+        caplog.text,
+    )
+
+
+def test_engine_arguments_that_differ_between_nodes_are_logged(
+    ray_cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    ctx = initialize(config(SPREAD, "lifecycle_callbacks:SeedPerNode"))
+    assert ctx.extra_init_kwargs == {"seed": 1}
+    assert re.search(
+        r"callback 'SeedPerNode' set ctx.extra_init_kwargs.seed to another value on node "
+        rf"{ray_cluster.other_id} \(.*\) than is set already; the earlier value stays",
         caplog.text,
     )
 
@@ -357,6 +390,70 @@ def test_a_group_supplied_by_a_callback_is_the_only_one() -> None:
     before = len(group_states())
     initialize(config({"callback": "custom_placement_group", "kwargs": {"bundles": [{"CPU": 1}]}}))
     assert len(group_states()) == before + 1
+
+
+def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
+    ray_cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initialize_module = importlib.import_module("rayserve_hooks.initialize")
+    monkeypatch.setattr(initialize_module, "_LOG_EVERY_S", 0.2)
+    logging.getLogger("ray.serve").propagate = True
+    caplog.set_level(logging.INFO, "ray.serve")
+    pending = group_states().count("PENDING")
+    llm_config = config(
+        placement_group_config={"bundles": [{"CPU": 1, "GPU": 99}]}, time_limits={"total": 1}
+    )
+    with pytest.raises(
+        HookError,
+        match=r"^node initialization failed on node .* \(phase: placement\): not done after 1 s, "
+        r"the time limit 'total'; see what it waits for, or raise the limit in time_limits; still "
+        rf"running: placement on node {ray_cluster.head_id} \(.*\)$",
+    ):
+        initialize(llm_config)
+    group = r"[0-9a-f]{20,}"
+    assert re.search(
+        rf"waiting for placement group {group}, bundles \[{{'CPU': 1.0, 'GPU': 99.0}}\]; 'ray "
+        "status' shows what is free",
+        caplog.text,
+    )
+    assert re.search(
+        rf"removed placement group {group}, which this initialization had made", caplog.text
+    )
+    assert group_states().count("PENDING") == pending
+
+
+def test_a_group_that_is_gone_names_who_set_it() -> None:
+    with pytest.raises(
+        HookError,
+        match=r"^callback 'RemovedGroup' failed in hook on_before_init on node .* \(phase: "
+        r"placement\): ctx.placement_group: Exception: Placement group .* does not exist",
+    ):
+        initialize(config("lifecycle_callbacks:RemovedGroup"))
+
+
+def test_a_group_that_cannot_be_made_is_an_error_of_that_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: object) -> None:
+        raise ValueError("bad strategy")
+
+    monkeypatch.setattr("rayserve_hooks._ray.create_default_placement_group", refuse)
+    with pytest.raises(
+        HookError,
+        match=r"^node initialization failed on node .* \(phase: placement\): ValueError: bad "
+        "strategy$",
+    ):
+        initialize(config())
+
+
+def test_a_variable_that_the_system_refuses_names_who_set_it() -> None:
+    variables = {"env_vars": {"MODE": "a\0b"}}
+    with pytest.raises(
+        HookError,
+        match=r"^callback 'Set' failed in hook on_before_init on node .* \(phase: before init\): "
+        "ctx.runtime_env.env_vars.MODE: ValueError: embedded null byte",
+    ):
+        initialize(config(setting("on_before_init", runtime_env=variables)))
 
 
 def test_a_log_line_says_what_is_still_running(

@@ -7,7 +7,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import boto3
+import httpx
 import pytest
+from obstore.store import S3Store
 from plugins_for_tests import run_script
 
 from rayserve_hooks import instances
@@ -139,16 +142,114 @@ def refused(attribute: str, kind: str) -> Any:
     )
 
 
-def test_a_client_cannot_travel_and_the_attribute_is_named() -> None:
+def test_a_client_that_was_passed_in_cannot_travel_and_the_attribute_is_named() -> None:
     with socket.socket() as client, refused("held", "socket") as caught:
         instances.dumps(Holds(client))
-    assert str(caught.value).endswith("cannot: cannot pickle 'socket' object")
+    assert str(caught.value).endswith(
+        "cannot: cannot pickle 'socket' object; and it cannot be made again there: argument "
+        "'held' of Holds() is not kept in an attribute of that name that can travel"
+    )
     assert isinstance(caught.value.__cause__, TypeError)
 
 
 def test_a_client_below_an_attribute_is_found() -> None:
     with socket.socket() as client, refused("held", "dict"):
         instances.dumps(Holds({"clients": [client]}))
+
+
+class HasClient:
+    """A callback's instance that opens a client in its constructor."""
+
+    def __init__(self, bucket: str, *, timeout_s: int = 5) -> None:
+        self.bucket = bucket
+        self._timeout_s = timeout_s
+        self.lock = threading.Lock()
+        self.seen: list[str] = []
+        self.client = httpx.Client(base_url=f"http://{bucket}.test", timeout=timeout_s)
+
+
+def test_a_client_that_the_constructor_opened_is_opened_again() -> None:
+    instance = HasClient("weights", timeout_s=30)
+    with pytest.raises(TypeError, match=r"^cannot pickle"):
+        pickle.dumps(instance.client)
+    copy = pickle.loads(instances.dumps(instance))
+    assert isinstance(copy.client, httpx.Client)
+    assert copy.client.base_url == "http://weights.test"
+    assert copy.client.timeout == httpx.Timeout(30)
+
+
+def test_what_the_instance_holds_beside_its_client_travels() -> None:
+    instance = HasClient("weights")
+    instance.seen.append("a")
+    copy = pickle.loads(instances.dumps(instance))
+    assert copy.seen == ["a"]
+    assert copy.lock.acquire(blocking=False)
+
+
+def test_a_boto3_client_is_opened_again() -> None:
+    class Mirror:
+        def __init__(self) -> None:
+            self.s3 = boto3.client("s3", region_name="eu-central-1")
+
+    copy = pickle.loads(instances.dumps(Mirror()))
+    assert copy.s3.meta.region_name == "eu-central-1"
+
+
+def test_a_client_that_travels_by_itself_is_not_opened_again() -> None:
+    store = S3Store("bucket", region="us-east-1", skip_signature=True)
+    assert sent(store) == store
+
+
+def not_made_again(why: str) -> Any:
+    return pytest.raises(TypeError, match=f"; and it cannot be made again there: {re.escape(why)}$")
+
+
+def test_an_argument_that_was_not_kept_is_named_even_with_a_default() -> None:
+    class Forgets:
+        def __init__(self, timeout_s: int = 5) -> None:
+            self.client = httpx.Client(timeout=timeout_s)
+
+    with not_made_again(
+        "argument 'timeout_s' of Forgets() is not kept in an attribute of that name that can travel"
+    ):
+        instances.dumps(Forgets(30))
+
+
+def test_arguments_of_any_name_cannot_be_made_again() -> None:
+    class Takes:
+        def __init__(self, **options: int) -> None:
+            self.options = options
+            self.client = httpx.Client()
+
+    with not_made_again(
+        "argument 'options' of Takes() is not kept in an attribute of that name that can travel"
+    ):
+        instances.dumps(Takes(a=1))
+
+
+def test_a_client_that_came_later_cannot_be_made_again() -> None:
+    class Later:
+        client: object = None
+
+    instance = Later()
+    instance.client = httpx.Client()
+    with not_made_again("Later() does not make it"):
+        instances.dumps(instance)
+
+
+def test_a_constructor_that_works_only_once_is_found_out_here() -> None:
+    class Once:
+        made = 0
+
+        def __init__(self) -> None:
+            if Once.made:
+                raise OSError("password=hunter2")
+            Once.made += 1
+            self.client = httpx.Client()
+
+    with not_made_again("Once() raised OSError") as caught:
+        instances.dumps(Once())
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_compressed_file_cannot_travel(tmp_path: Path) -> None:

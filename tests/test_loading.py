@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import plugins_for_tests
 import pytest
 from plugins_for_tests import Outer, Plain, Strict, make_ctx
@@ -752,8 +753,9 @@ def test_freeze_refuses_an_instance_that_holds_a_stream() -> None:
     instance.stream = (number for number in range(1))
     with refused(
         "callback 'Streaming' cannot be sent to another process: TypeError: its attribute "
-        "'stream', a generator, cannot: cannot pickle 'generator' object; name the class with "
-        "kwargs instead of an instance, and open clients in its hooks"
+        "'stream', a generator, cannot: cannot pickle 'generator' object; and it cannot be made "
+        "again there: Streaming() does not make it; name the class with kwargs instead of an "
+        "instance, and open clients in its hooks"
     ):
         one(instance).freeze()
 
@@ -795,6 +797,20 @@ def test_an_instance_travels_with_the_lock_it_holds() -> None:
     with instance.lock:  # type: ignore[attr-defined]
         copy: Any = sent(one(instance)).create()
     assert copy.lock.acquire(blocking=False)
+
+
+def test_an_instance_travels_with_the_client_it_opened() -> None:
+    class Mirror:
+        def __init__(self, bucket: str) -> None:
+            self.bucket = bucket
+            self.client = httpx.Client(base_url=f"http://{bucket}.test")
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    instance = Mirror("weights")
+    copy: Any = sent(one(instance)).create()
+    assert copy is not instance
+    assert (copy.bucket, copy.client.base_url) == ("weights", "http://weights.test")
 
 
 def test_an_instance_is_unpickled_once_in_a_process() -> None:

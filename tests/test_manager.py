@@ -315,6 +315,7 @@ def test_a_failure_names_callback_hook_node_and_phase(hook: str, phase: str) -> 
         "node": "n1 (10.0.0.1)",
         "phase": phase,
         "detail": "ValueError: boom",
+        "advice": "fix the callback, or set 'on_error: warn' on it to go on without it",
         "cleanup_errors": [],
     }
     assert error.__cause__ is cause

@@ -10,7 +10,7 @@ import pytest
 from s3_server import s3_server
 
 import rayserve_hooks
-from rayserve_hooks import CallbackCtx, HookError, NodeModelDownloadable
+from rayserve_hooks import CallbackCtx, Handled, HookError, NodeModelDownloadable
 
 pytestmark = pytest.mark.ray
 
@@ -80,6 +80,7 @@ def test_run_init_node_false_takes_over() -> None:
         ("on_after_init", "TakesOver", "returned"),
         ("on_after_init", "Last", "returned"),
     ]
+    assert ctx.handled == Handled(reason="TakesOver set run_init_node to False")
 
 
 def test_its_failure_is_a_hook_error() -> None:
