@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -88,6 +87,7 @@ def task_seconds(side: str, mode: str, cache: Path) -> float:
         config = make_config(str(cache))
         assert config.get_engine_config() is not None
         task = stock_task if side == SIDES[0] else our_task
+        store.warm_memory()
         started = time.perf_counter()
         asyncio.run(task(config, other.node_id, mode))
         return time.perf_counter() - started
@@ -117,6 +117,7 @@ def again_seconds(side: str, damage: bool, cache: Path) -> float:
         shard = next(cache.rglob("model-00003.safetensors"))
         with shard.open("r+b") as file:
             file.write(b"damaged")
+    store.warm_memory()
     started = time.perf_counter()
     fetch()
     return time.perf_counter() - started
@@ -124,8 +125,7 @@ def again_seconds(side: str, damage: bool, cache: Path) -> float:
 
 def seconds(case: str, side: str) -> float:
     store.warm_up(store.SHARDS)
-    with tempfile.TemporaryDirectory(dir=store.DATA) as folder:
-        cache = Path(folder)
+    with store.target() as cache:
         if case in (AGAIN, DAMAGED):
             value = again_seconds(side, case == DAMAGED, cache)
         else:

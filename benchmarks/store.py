@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import filecmp
+import mmap
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / ".cache" / "bench-data"
+OUTPUT = DATA / "output"
 ONE, SHARDS, SMALL = "1 file of 1 GiB", "8 shards of 128 MiB", "2,000 files of 16 KiB"
 _FOLDERS = {ONE: "one", SHARDS: "shards", SMALL: "small"}
 _MIB = 2**20
@@ -60,12 +64,41 @@ def serving() -> Iterator[str]:
     finally:
         server.terminate()
         server.wait()
+        shutil.rmtree(OUTPUT, ignore_errors=True)
 
 
 def warm_up(case: str) -> None:
     """Read what is served, so that no round waits for the server's disk."""
     files = [str(file) for file in folder(case).iterdir()]
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+
+
+def warm_memory() -> None:
+    """Touch as much memory as one round needs, in a process of its own.
+
+    A virtual machine that gives its free memory back to the host waits long for it later, for up
+    to two seconds per GiB where this was measured, and whoever comes first pays.
+    """
+    touch = f"import mmap; mmap.mmap(-1, {3 * 2**30}, flags={_TOUCHED})"
+    subprocess.run([sys.executable, "-S", "-c", touch], check=True)
+
+
+_TOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+
+
+@contextlib.contextmanager
+def target() -> Iterator[Path]:
+    """Give a new folder; its files are emptied after the block, and deleted after the last round.
+
+    Where many files were deleted in the last minutes ext4 searches long for a place for a new
+    one, so each round would slow down the next.
+    """
+    OUTPUT.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=OUTPUT))
+    yield folder
+    for file in folder.rglob("*"):
+        if file.is_file():
+            os.truncate(file, 0)
 
 
 def check_equal(case: str, target: Path) -> None:

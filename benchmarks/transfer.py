@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,9 +75,9 @@ PREPARE = dict(zip(SIDES, (ray_boto3, pyarrow_fs, fsspec, local_disk, ours), str
 
 
 def one(case: str, side: str) -> dict[str, float]:
-    with tempfile.TemporaryDirectory(dir=store.DATA) as folder:
-        target = Path(folder)
+    with store.target() as target:
         fetch = PREPARE[side](case, target)
+        store.warm_memory()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         started = time.perf_counter()
         fetch()

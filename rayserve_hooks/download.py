@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -211,7 +212,7 @@ class _Records:
     def __init__(self, folder: Path, mode: str, uri: str) -> None:
         self.folder, self._mode, self._uri = folder, mode, uri
         self._marker, self._log = folder / f"{mode}.json", folder / f"{mode}.jsonl"
-        self._known: dict[tuple[str, str], _Record] = {}
+        self._known: dict[str, dict[str, _Record]] = {}  # by path and revision
         self._revisions: dict[str, str] = {}
         self._current: dict[str, _Record] = {}
         self._log_file: TextIO | None = None
@@ -234,7 +235,7 @@ class _Records:
         # Versions of two stores cannot be compared.
         if fields.pop("uri") == self._uri:
             record = _Record(**fields)
-            self._known[record.revision, record.path] = record
+            self._known.setdefault(record.path, {})[record.revision] = record
 
     def revision_of(self, hash_object: RemoteFile) -> str | None:
         """Give what the object ``hash`` holds, if this version of it has been read."""
@@ -242,22 +243,23 @@ class _Records:
 
     def same_version(self, revision: str, file: RemoteFile) -> _Record | None:
         """Find the record of a file as the store has it now."""
-        record = self._known.get((revision, file.path))
+        record = self._known.get(file.path, {}).get(revision)
         if record is None or (record.size, record.version) != (file.size, file.version):
             return None
         return record
 
     def of_other_revisions(self, revision: str, file: RemoteFile) -> list[_Record]:
-        found = (self.same_version(other, file) for other, _ in list(self._known))
-        return [record for record in found if record and record.revision != revision]
+        others = [other for other in self._known.get(file.path, {}) if other != revision]
+        found = (self.same_version(other, file) for other in others)
+        return [record for record in found if record is not None]
 
     def keep(self, record: _Record) -> None:
         """Count a file as whole without writing it down yet."""
         self._current[record.path] = record
 
-    def add(self, revision: str, file: RemoteFile, content: Content, on_disk: Path) -> None:
+    def add(self, revision: str, file: RemoteFile, content: Content, on_disk: str) -> None:
         """Write down that a file is whole; its time of change is how it is known again."""
-        mtime_ns = on_disk.stat().st_mtime_ns
+        mtime_ns = os.stat(on_disk).st_mtime_ns
         record = _Record(
             revision,
             file.path,
@@ -316,9 +318,9 @@ def _complete(
         records.close()
         return
 
-    def publish(file: RemoteFile, content: Content, partial: Path) -> None:
+    def publish(file: RemoteFile, content: Content, partial: str) -> None:
         records.add(revision, file, content, partial)
-        partial.replace(folder / file.path)
+        os.replace(partial, f"{folder}/{file.path}")
 
     try:
         fetched = fetch(source, missing, folder, records.folder / "partial", publish)
@@ -339,11 +341,15 @@ def _complete(
 def _is_whole(
     source: Source, file: RemoteFile, folder: Path, revision: str, records: _Records
 ) -> bool:
-    target = folder / file.path
+    target = f"{folder}/{file.path}"
     record = records.same_version(revision, file)
-    if not target.is_file() or target.stat().st_size != file.size:
+    try:
+        status = os.stat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.size:
         return _linked(file, folder, revision, records)
-    if record is not None and record.mtime_ns == target.stat().st_mtime_ns:
+    if record is not None and record.mtime_ns == status.st_mtime_ns:
         records.keep(record)
         return True
     if record is not None:
@@ -352,7 +358,7 @@ def _is_whole(
         content = Content(store_checksum(source, file), "checksum")
     if content.checksum is None:
         return False
-    if checksum_of(target, content.checksum.partition(":")[0]) != content.checksum:
+    if checksum_of(Path(target), content.checksum.partition(":")[0]) != content.checksum:
         return False
     records.add(revision, file, content, target)
     return True
@@ -370,7 +376,7 @@ def _linked(file: RemoteFile, folder: Path, revision: str, records: _Records) ->
         target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):  # a file system without links: fetched instead
             target.hardlink_to(old)
-            records.add(revision, file, Content(record.checksum, record.verified), target)
+            records.add(revision, file, Content(record.checksum, record.verified), str(target))
             return True
     return False
 

@@ -16,7 +16,7 @@ import urllib.parse
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -113,12 +113,12 @@ def checksum_text(algorithm: str, digest: bytes) -> str:
     return f"{algorithm}:{value}"
 
 
-def checksum_of(content: Path | bytes, algorithm: str) -> str | None:
+def checksum_of(content: Path | bytes | bytearray, algorithm: str) -> str | None:
     """Compute a checksum; a file is not mapped, so that its pages do not count as our memory."""
     hashing = new_hash(algorithm)
     if hashing is None:
         return None
-    if isinstance(content, bytes):
+    if not isinstance(content, Path):
         hashing.update(content)
     else:
         buffer = memoryview(bytearray(_READ_BYTES))
@@ -150,14 +150,14 @@ class Source:
                 leave the folder it is downloaded to.
         """
         try:
-            found = [meta for batch in self.store.list() for meta in batch]
+            found = [meta for batch in self.store.list(chunk_size=1000) for meta in batch]
         except Exception as error:  # obstore raises classes of its own per store
             raise failure(f"cannot list {self.uri}", error) from error
         files = {}
         for meta in found:
             path = meta["path"]
-            parts = PurePosixPath(path).parts
-            if path.endswith("/") or parts[:1] == (STATE_FOLDER,):
+            parts = [part for part in path.split("/") if part not in ("", ".")]
+            if path.endswith("/") or parts[:1] == [STATE_FOLDER]:
                 continue
             if path.startswith("/") or ".." in parts or "\0" in path:
                 raise _unsafe(self.uri, repr(path))

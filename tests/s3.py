@@ -13,15 +13,16 @@ import hashlib
 import os
 import socket
 import socketserver
+import stat
 import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 from xml.sax.saxutils import escape
 
 SO_MAX_PACING_RATE = 47
@@ -106,6 +107,8 @@ class Server:
         self.sent.clear()
 
     def fault(self, request: Request) -> Fault | None:
+        if not self.faults:
+            return None
         with self.lock:
             for fault in self.faults:
                 if (
@@ -117,13 +120,15 @@ class Server:
                     return fault
         return None
 
-    def etag(self, file: Path) -> str:
-        stat = file.stat()
+    def etag(self, file: str | Path) -> str:
+        return self.etag_of(file, os.stat(file))
+
+    def etag_of(self, file: str | Path, status: os.stat_result) -> str:
         if self.etags == "opaque":
-            return f"version-{stat.st_mtime_ns:x}"
-        key = (str(file), stat.st_size, stat.st_mtime_ns)
+            return f"version-{status.st_mtime_ns:x}"
+        key = (str(file), status.st_size, status.st_mtime_ns)
         if key not in self.md5s:
-            with file.open("rb") as opened:
+            with open(file, "rb") as opened:
                 self.md5s[key] = hashlib.file_digest(opened, "md5").hexdigest()
         return self.md5s[key] + ("-2" if self.etags == "multipart" else "")
 
@@ -154,17 +159,21 @@ class _Handler(socketserver.StreamRequestHandler):
                 self.s3.idle.notify_all()
 
     def _read(self) -> Request | None:
-        line = self.rfile.readline().decode("latin-1")
-        if not line.strip():
-            return None
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):  # nobody sends a body, or a request ahead
+            received = self.connection.recv(65536)
+            if not received:
+                return None
+            head += received
+        line, *lines = head.decode("latin-1").split("\r\n")[:-2]
         method, target, _ = line.split(" ", 2)
         headers = {}
-        while (header := self.rfile.readline().decode("latin-1").strip()) != "":
+        for header in lines:
             name, _, value = header.partition(":")
             headers[name.lower()] = value.strip()
-        parts = urlsplit(target)
-        query = parse_qs(parts.query, keep_blank_values=True)
-        return Request(method, unquote(parts.path).lstrip("/"), query, headers)
+        path, _, query = target.partition("?")
+        parsed = parse_qs(query, keep_blank_values=True) if query else {}
+        return Request(method, unquote(path).lstrip("/"), parsed, headers)
 
     def _answer(self, request: Request) -> bool:
         """Answer one request; tell whether the connection can go on."""
@@ -215,15 +224,19 @@ class _Handler(socketserver.StreamRequestHandler):
         return self._send(200, {"Content-Type": "application/xml"}, text.encode())
 
     def _object(self, request: Request, fault: Fault | None) -> bool:
-        file = self.s3.root / request.path
-        if not file.is_file():
+        file = f"{self.s3.root}/{request.path}"
+        try:
+            status = os.stat(file)
+        except OSError:
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
             return self._error(
                 404,
                 "NoSuchKey",
                 "The specified key does not exist.",
                 head=request.method == "HEAD",
             )
-        etag, size = f'"{self.s3.etag(file)}"', file.stat().st_size
+        etag, size = f'"{self.s3.etag_of(file, status)}"', status.st_size
         if request.headers.get("if-match", etag) != etag:
             return self._error(
                 412, "PreconditionFailed", "At least one of the pre-conditions did not hold"
@@ -232,25 +245,25 @@ class _Handler(socketserver.StreamRequestHandler):
         if request.method == "HEAD":
             self.s3.heads.append(request.headers)
             if request.headers.get("x-amz-checksum-mode"):
-                headers |= self._checksums(request.path, file)
+                headers |= self._checksums(request.path, Path(file))
             return self._send(200, headers | {"Content-Length": str(size)}, b"")
         start, end = 0, size
         if wanted := request.headers.get("range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), min(int(last or size) + 1, size)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-        status = 206 if wanted else 200
+        code = 206 if wanted else 200
         if fault is not None and fault.kind == "short":
             end -= 1
-        with file.open("rb") as opened:
-            return self._body(request, status, headers, (opened, start, end), fault)
+        with open(file, "rb", buffering=0) as opened:
+            return self._body(request, code, headers, (opened, start, end), fault)
 
     def _body(
         self,
         request: Request,
         status: int,
         headers: dict[str, str],
-        span: tuple[BinaryIO, int, int],
+        span: tuple[FileIO, int, int],
         fault: Fault | None,
     ) -> bool:
         opened, start, end = span

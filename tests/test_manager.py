@@ -325,6 +325,13 @@ def test_a_failure_names_callback_hook_node_and_phase(hook: str, phase: str) -> 
     )
 
 
+def test_the_reason_of_a_handled_is_in_the_trace_without_its_secrets() -> None:
+    ctx = make_ctx(custom_data={"api_key": "s3cr3t-value"})
+    call(step("a", result=Handled(reason="found with s3cr3t-value")), ctx=ctx)
+    assert (ctx.trace[0].outcome, ctx.trace[0].reason) == ("handled", "found with ***")
+    assert "handled: found with ***" in ctx.trace.table()
+
+
 def test_a_failure_stops_the_chain() -> None:
     ctx = make_ctx()
     with pytest.raises(HookError):

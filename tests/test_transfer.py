@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import logging
 import multiprocessing
@@ -24,7 +25,7 @@ import pytest
 import s3
 from plugins_for_tests import hook_log
 
-from rayserve_hooks import stores, transfer
+from rayserve_hooks import partials, progress, stores, transfer
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
@@ -51,7 +52,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Serve
     retries = {"max_retries": 2, "backoff": {"init_backoff": timedelta(milliseconds=5)}}
     monkeypatch.setattr(stores, "_RETRIES", retries)
     monkeypatch.setattr(transfer, "BACKOFF_S", 0.005)
-    monkeypatch.setattr(transfer, "RANGE_BYTES", RANGE)
+    monkeypatch.setattr(partials, "RANGE_BYTES", RANGE)
     monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
     monkeypatch.setattr(transfer, "SMALL_BYTES", CHUNK)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -79,7 +80,7 @@ def weights(server: s3.Server) -> Path:
 
 
 def small_units() -> None:
-    transfer.RANGE_BYTES = RANGE
+    partials.RANGE_BYTES = RANGE
     transfer.CHUNK_BYTES = transfer.SMALL_BYTES = CHUNK
 
 
@@ -282,7 +283,7 @@ def test_a_file_is_never_mixed_from_two_versions(
 
 def test_an_object_whose_path_leaves_the_folder() -> None:
     class Store:
-        def list(self) -> list[list[dict[str, Any]]]:
+        def list(self, chunk_size: int) -> list[list[dict[str, Any]]]:
             return [[{"path": path, "size": 1, "e_tag": "x"}]]
 
     for path in ("../evil", "a/../../evil", "/etc/evil"):
@@ -429,11 +430,6 @@ class TestResume:
         assert_complete(server, download())
         assert sum(server.sent.values()) == missing
 
-    def test_a_journal_line_that_was_cut_off_does_not_count(self, tmp_path: Path) -> None:
-        journal = tmp_path / "journal"
-        journal.write_text("0 64\n64 128\n128 19")
-        assert transfer._journaled(journal) == {(0, 64), (64, 128)}
-
     def test_a_journal_without_its_file_does_not_count(
         self, server: s3.Server, weights: Path, model: Path
     ) -> None:
@@ -516,9 +512,9 @@ def missing_bytes(server: s3.Server) -> int:
             continue
         missing += size
         if size > CHUNK:
-            name = f"{transfer._hash(file.name)}-*.journal"
+            name = f"{partials._hash(file.name)}-*.journal"
             for journal in (model / ".rayserve_hooks" / "partial").glob(name):
-                missing -= sum(end - start for start, end in transfer._journaled(journal))
+                missing -= sum(end - start for start, end in partials.journaled(journal))
     return missing
 
 
@@ -658,11 +654,64 @@ def test_a_folder_that_cannot_be_written(server: s3.Server, tmp_path: Path) -> N
     assert server.count("GET") == 0
 
 
+class TestManySmallFiles:
+    COUNT = 60
+
+    @pytest.fixture
+    def many(self, server: s3.Server) -> s3.Server:
+        for number in range(self.COUNT):
+            (server.root / "bucket" / "model" / f"{number}.json").write_text(f"{number}")
+        return server
+
+    @pytest.mark.parametrize("publishers", [1, 2])
+    def test_all_of_them_are_published(
+        self, publishers: int, many: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(transfer, "PUBLISHERS", publishers)
+        assert_complete(many, download())
+
+    def test_those_that_wait_for_a_slow_disk_are_few(
+        self, many: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        streams, publishers = 4, 1
+        monkeypatch.setattr(transfer, "SMALL_STREAMS", streams)
+        monkeypatch.setattr(transfer, "PUBLISHERS", publishers)
+        waiting: list[int] = []
+        write_whole = partials.PartialFile.write_whole
+
+        def slow(partial: partials.PartialFile, data: memoryview) -> None:
+            time.sleep(0.01)  # the disk's
+            fetched = sum(request.endswith(".json") for request in list(many.requests))
+            waiting.append(fetched - len(waiting))
+            write_whole(partial, data)
+
+        monkeypatch.setattr(partials.PartialFile, "write_whole", slow)
+        assert_complete(many, download())
+        # In the queue, held by a stream that waits for its turn, and under way.
+        assert max(waiting) <= 3 * streams + publishers
+        assert max(waiting) < self.COUNT / 2
+
+    def test_one_that_cannot_be_written_ends_the_download(
+        self, many: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(partial: partials.PartialFile, data: memoryview) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", partial.path)
+
+        monkeypatch.setattr(partials.PartialFile, "write_whole", full)
+        with pytest.raises(
+            DownloadError,
+            match=r"^cannot write '.*\.partial': OSError: .*No space left on device.*; check the "
+            "permissions and the free space there, or set HF_HOME to move the cache$",
+        ):
+            download()
+
+
 class TestProgress:
     def test_the_log_says_how_far_it_is(
         self, server: s3.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(transfer, "REPORT_S", 0.05)
+        monkeypatch.setattr(progress, "REPORT_S", 0.05)
+        monkeypatch.setattr(transfer, "WAKE_S", 0.01)
         server.faults = [s3.Fault("slow", WEIGHTS, delay_s=0.3)]
         with hook_log(caplog):
             download()
