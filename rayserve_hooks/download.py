@@ -31,12 +31,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from rayserve_hooks.checksums import checksum_of
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.errors import DownloadError, describe
+from rayserve_hooks.heads import Heads, expected_checksum
 from rayserve_hooks.node_lock import node_lock
-from rayserve_hooks.stores import STATE_FOLDER, RemoteFile, Source, checksum_of, open_source
+from rayserve_hooks.stores import STATE_FOLDER, RemoteFile, Source, open_source
 from rayserve_hooks.trace import LOGGER_NAME
-from rayserve_hooks.transfer import Content, fetch, store_checksum, unwritable
+from rayserve_hooks.transfer import Content, fetch, unwritable
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -301,9 +303,10 @@ def _complete(
 ) -> None:
     """Make all wanted files be there, whole; fetch only those that are not."""
     started = time.monotonic()
+    heads = Heads(source)
 
     def not_whole(files: list[RemoteFile]) -> list[RemoteFile]:
-        return [file for file in files if not _is_whole(source, file, folder, revision, records)]
+        return [file for file in files if not _is_whole(heads, file, folder, revision, records)]
 
     try:
         records.folder.mkdir(parents=True, exist_ok=True)
@@ -323,7 +326,7 @@ def _complete(
         os.replace(partial, f"{folder}/{file.path}")
 
     try:
-        fetched = fetch(source, missing, folder, records.folder / "partial", publish)
+        fetched = fetch(heads, missing, folder, records.folder / "partial", publish)
     finally:
         records.close()
     seconds = time.monotonic() - started
@@ -339,7 +342,7 @@ def _complete(
 
 
 def _is_whole(
-    source: Source, file: RemoteFile, folder: Path, revision: str, records: _Records
+    heads: Heads, file: RemoteFile, folder: Path, revision: str, records: _Records
 ) -> bool:
     target = f"{folder}/{file.path}"
     record = records.same_version(revision, file)
@@ -355,7 +358,8 @@ def _is_whole(
     if record is not None:
         content = Content(record.checksum, record.verified)
     else:
-        content = Content(store_checksum(source, file), "checksum")
+        head = heads.of(file) if heads.wanted(file) else None
+        content = Content(expected_checksum(file, head), "checksum")
     if content.checksum is None:
         return False
     if checksum_of(Path(target), content.checksum.partition(":")[0]) != content.checksum:

@@ -16,7 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rayserve_hooks.stores import Head, RemoteFile
+from rayserve_hooks.heads import Head
+from rayserve_hooks.stores import RemoteFile
 
 RANGE_BYTES = 16 * 2**20
 

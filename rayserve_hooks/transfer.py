@@ -4,8 +4,7 @@ While an object is on its way its bytes are in a partial file (`rayserve_hooks.p
 request is pinned to the listed version.
 
 Verified is the size, always, and the store's checksum where there is one: an ETag that is an MD5,
-or what S3 says of the full object in answer to a HEAD. Azure, GCS objects composed of parts, and
-S3 objects without a full checksum have none: there it is size and version.
+or what a HEAD tells (`rayserve_hooks.heads`). Otherwise it is size and version.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import functools
 import logging
 import os
 import random
-import re
 import shutil
 import threading
 from collections import deque
@@ -26,10 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rayserve_hooks import aio
+from rayserve_hooks.checksums import checksum_of, checksum_text
 from rayserve_hooks.errors import DownloadError, describe
+from rayserve_hooks.heads import Heads, expected_checksum
 from rayserve_hooks.partials import PartialFile, Span, plan
 from rayserve_hooks.progress import Progress, watched
-from rayserve_hooks.stores import Head, RemoteFile, Source, checksum_of, checksum_text, failure
+from rayserve_hooks.stores import RemoteFile, failure
 from rayserve_hooks.trace import LOGGER_NAME
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ BODY_ATTEMPTS = 4
 BACKOFF_S = 0.2
 # How often the waiting thread looks whether it has been given up, and tells how far it is.
 WAKE_S = 1.0
-# MD5 costs more than the download, so for large files S3 is asked for something faster.
-_HEAD_ABOVE_BYTES = 64 * 2**20
-_MD5_ETAG = re.compile(r'"?([0-9a-f]{32})"?')
+_HEAD_STREAMS = 4
 
 
 class DamagedError(DownloadError):
@@ -81,7 +79,7 @@ Publish = Callable[[RemoteFile, Content, str], None]
 
 
 def fetch(
-    source: Source,
+    heads: Heads,
     files: list[RemoteFile],
     folder: Path,
     state: Path,
@@ -90,7 +88,7 @@ def fetch(
     """Fetch files and publish each when it is whole.
 
     Args:
-        source: The open store.
+        heads: The open store, which is also asked for checksums.
         files: What to fetch.
         folder: Where the files go.
         state: Where partial files are kept; on the same file system as ``folder``.
@@ -112,13 +110,13 @@ def fetch(
         _check_target(folder, partials, todo)
     except OSError as error:
         raise unwritable(error, folder) from error
-    progress = Progress(source.uri, total, total - todo)
-    with watched(progress), ThreadPoolExecutor(4, "head") as heads:
-        transfer = _Transfer(source, heads, progress, publish)
+    progress = Progress(heads.source.uri, total, total - todo)
+    with watched(progress), ThreadPoolExecutor(_HEAD_STREAMS, "head") as head_pool:
+        transfer = _Transfer(heads, head_pool, progress, publish)
         try:
             transfer.run(partials)
         finally:
-            heads.shutdown(cancel_futures=True)
+            head_pool.shutdown(cancel_futures=True)
             for partial in partials:
                 partial.close()
     return progress.done - progress.reused
@@ -130,25 +128,6 @@ def unwritable(error: OSError, path: str | Path) -> DownloadError:
         f"cannot write {error.filename or str(path)!r}: {describe(error)}; check the permissions "
         "and the free space there, or set HF_HOME to move the cache"
     )
-
-
-def store_checksum(source: Source, file: RemoteFile) -> str | None:
-    """Give the checksum that the store has of an object, if any."""
-    return _expected(file, source.head(file) if _head_wanted(source, file) else None)
-
-
-def _expected(file: RemoteFile, head: Head | None) -> str | None:
-    if head is not None and head.checksum is not None:
-        return head.checksum
-    found = _MD5_ETAG.fullmatch(file.etag or "")
-    if found is None or (head is not None and not head.etag_is_md5):
-        return None
-    return f"md5:{found[1]}"
-
-
-def _head_wanted(source: Source, file: RemoteFile) -> bool:
-    is_md5 = _MD5_ETAG.fullmatch(file.etag or "") is not None
-    return source.is_s3 and (file.size > _HEAD_ABOVE_BYTES or not is_md5)
 
 
 def _check_target(folder: Path, partials: list[PartialFile], todo: int) -> None:
@@ -171,17 +150,17 @@ class _Transfer:
 
     def __init__(
         self,
-        source: Source,
-        heads: ThreadPoolExecutor,
+        heads: Heads,
+        head_pool: ThreadPoolExecutor,
         progress: Progress,
         publish: Publish,
     ) -> None:
-        self._source, self._heads = source, heads
+        self._source, self._heads, self._head_pool = heads.source, heads, head_pool
         self._progress = progress
         self._publish = publish
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._arrived: deque[tuple[PartialFile, bytearray]] = deque()
+        self._arrived: deque[tuple[PartialFile, bytearray, Content]] = deque()
         self._publishers = threading.BoundedSemaphore(PUBLISHERS)
         self._damaged: list[tuple[PartialFile, DamagedError]] = []
 
@@ -201,12 +180,12 @@ class _Transfer:
     def _pass(self, partials: list[PartialFile]) -> list[tuple[PartialFile, DamagedError]]:
         """Fetch what is missing; give the files whose checksum is wrong."""
         self._damaged = []
-        # Started first, so that they are answered while the ranges are under way.
-        for partial in partials:
-            if _head_wanted(self._source, partial.file):
-                partial.head = self._heads.submit(self._source.head, partial.file)
         small = deque(partial for partial in partials if partial.file.size <= SMALL_BYTES)
         large = [partial for partial in partials if partial.file.size > SMALL_BYTES]
+        # Started first, so that they are answered while the ranges are under way.
+        for partial in large:
+            if self._heads.wanted(partial.file):
+                partial.head = self._head_pool.submit(self._heads.of, partial.file)
         # No range: all is there, but the run that fetched it was killed before it was published.
         spans: deque[tuple[PartialFile, Span | None]] = deque()
         for partial in large:
@@ -251,7 +230,12 @@ class _Transfer:
         data = bytearray()
         if partial.file.size:
             self._receive(partial.file, (0, partial.file.size), lambda _, chunk: data.extend(chunk))
-        self._arrived.append((partial, data))
+        try:
+            content = self._verified(partial, functools.partial(checksum_of, data))
+        except DamagedError as error:
+            self._damaged.append((partial, error))
+            return
+        self._arrived.append((partial, data, content))
         # Looked at again after each turn: another thread may have come while none was to be had.
         while self._arrived:
             if not self._publishers.acquire(blocking=len(self._arrived) > SMALL_STREAMS):
@@ -264,15 +248,12 @@ class _Transfer:
     def _publish_arrived(self) -> None:
         while True:
             try:
-                partial, data = self._arrived.popleft()
+                partial, data, content = self._arrived.popleft()
             except IndexError:
                 return
             try:
-                content = self._verified(partial, functools.partial(checksum_of, data))
                 partial.write_whole(memoryview(data))
                 self._publish(partial.file, content, partial.path)
-            except DamagedError as error:
-                self._damaged.append((partial, error))
             except OSError as error:
                 raise unwritable(error, partial.target) from error
 
@@ -292,12 +273,12 @@ class _Transfer:
                 raise unwritable(error, partial.target) from error
 
     def _fetch_span(self, partial: PartialFile, span: Span) -> None:
-        crc = 0
+        crc, go_on = 0, _crc64nvme()
 
         def write(offset: int, chunk: memoryview) -> None:
             nonlocal crc
             partial.write(offset, chunk)
-            crc = _crc64nvme(chunk, crc)
+            crc = go_on(chunk, crc)
 
         try:
             with self._lock:
@@ -370,34 +351,33 @@ class _Transfer:
         partial.forget_journal()
 
     def _verified(self, partial: PartialFile, compute: Callable[[str], str | None]) -> Content:
-        file, head = partial.file, partial.head.result() if partial.head else None
-        expected = _expected(file, head)
+        file = partial.file
+        asked = partial.head is not None or self._heads.wanted(file)
+        head = partial.head.result() if partial.head else self._heads.of(file) if asked else None
+        expected = expected_checksum(file, head)
+        got = None if expected is None else compute(expected.partition(":")[0])
+        if got != expected and not asked:
+            # The ETag of an object that is encrypted with a key only looks like an MD5.
+            expected = expected_checksum(file, self._heads.of(file))
+            got = None if expected is None else compute(expected.partition(":")[0])
         if expected is None:
             return Content(compute("crc64nvme"), "size")
-        got = compute(expected.partition(":")[0])
-        if got != expected and head is None and expected.startswith("md5:"):
-            # The ETag of an object that is encrypted with a key only looks like an MD5.
-            head = self._source.head(file)
-            expected = _expected(file, head)
-            got = None if expected is None else compute(expected.partition(":")[0])
         if got != expected:
             raise DamagedError(
                 f"{file.path!r} of {self._source.uri} has the checksum {expected!r} in the store, "
                 f"but {got!r} here; it is damaged in the store or on the way: upload it again, or "
                 "look for a proxy that changes it"
             )
-        if expected is None:
-            return Content(compute("crc64nvme"), "size")
         return Content(expected, "checksum")
 
 
-def _crc64nvme(data: memoryview, crc: int) -> int:
-    """Go on with a checksum; it stays 0 where its library is missing."""
-    with contextlib.suppress(ImportError):
+def _crc64nvme() -> Callable[[memoryview, int], int]:
+    """Give the function that goes on with a checksum; 0 where its library is missing."""
+    try:
         from awscrt.checksums import crc64nvme
-
-        return crc64nvme(data, crc)  # type: ignore[no-any-return]
-    return 0
+    except ImportError:
+        return lambda data, crc: 0
+    return crc64nvme  # type: ignore[no-any-return]
 
 
 def _digest(partial: PartialFile, algorithm: str) -> str | None:

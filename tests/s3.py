@@ -1,5 +1,7 @@
 """An S3 server on loopback that counts, paces and misbehaves: ``python tests/s3.py FOLDER``.
 
+Google's XML API differs from S3's in nothing that is asked here; of Azure's there is the listing.
+
 The first folder level below the root are the buckets. It checks no signatures, takes no uploads,
 and speaks HTTP by hand: ``http.server`` alone takes longer for a request than the whole client.
 """
@@ -67,7 +69,8 @@ class Server:
         root: The folder above the buckets.
         url: Where it listens.
         etags: ``md5``, ``multipart`` (as of an upload in parts), ``opaque`` (no hash at all).
-        checksums: By path: the headers that a HEAD with ``x-amz-checksum-mode`` adds.
+        checksums: By path: the headers that a HEAD with ``x-amz-checksum-mode``, or one of another
+            store's client, adds.
         crc64: Add the true CRC64NVME of every object to those.
         page_size: Objects in one page of a listing.
         rate: Bytes per second and connection.
@@ -177,7 +180,8 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def _answer(self, request: Request) -> bool:
         """Answer one request; tell whether the connection can go on."""
-        listing = "list-type" in request.query
+        azure = request.query.get("comp") == ["list"]
+        listing = azure or "list-type" in request.query
         prefix = request.query.get("prefix", [""])[0]
         self.s3.requests.append(f"LIST {prefix}" if listing else f"{request.method} {request.path}")
         fault = self.s3.fault(request)
@@ -194,19 +198,15 @@ class _Handler(socketserver.StreamRequestHandler):
             if fault.kind in errors:
                 return self._error(*errors[fault.kind], head=request.method == "HEAD")
         if listing:
-            return self._list(request.path.rstrip("/"), prefix, request.query)
+            found = self._list_azure if azure else self._list
+            return found(request.path.rstrip("/"), prefix, request.query)
         return self._object(request, fault)
 
     def _list(self, bucket: str, prefix: str, query: dict[str, list[str]]) -> bool:
         folder = self.s3.root / bucket
         if not folder.is_dir():
             return self._error(404, "NoSuchBucket", "The specified bucket does not exist")
-        keys = sorted(
-            f"{os.path.relpath(parent, folder)}/{name}".removeprefix("./")
-            for parent, _, names in os.walk(folder)
-            for name in names
-        )
-        keys = [key for key in keys if key.startswith(prefix)]
+        keys = self._keys(folder, prefix)
         first = int(query.get("continuation-token", ["0"])[0])
         size = min(self.s3.page_size, int(query.get("max-keys", ["1000"])[0]))
         page = keys[first : first + size]
@@ -223,6 +223,31 @@ class _Handler(socketserver.StreamRequestHandler):
         text = f"<ListBucketResult>{truncated}{more}{contents}</ListBucketResult>"
         return self._send(200, {"Content-Type": "application/xml"}, text.encode())
 
+    @staticmethod
+    def _keys(folder: Path, prefix: str) -> list[str]:
+        keys = (
+            f"{os.path.relpath(parent, folder)}/{name}".removeprefix("./")
+            for parent, _, names in os.walk(folder)
+            for name in names
+        )
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def _list_azure(self, container: str, prefix: str, query: dict[str, list[str]]) -> bool:
+        folder = self.s3.root / container
+        keys = self._keys(folder, prefix)
+        first = int(query.get("marker", ["0"])[0])
+        last = first + self.s3.page_size
+        blobs = "".join(
+            f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{MODIFIED}</Last-Modified>"
+            f"<Etag>{self.s3.etag(folder / key)}</Etag><Content-Length>"
+            f"{(folder / key).stat().st_size}</Content-Length>"
+            "<Content-Type>application/octet-stream</Content-Type></Properties></Blob>"
+            for key in keys[first:last]
+        )
+        marker = f"<NextMarker>{last if last < len(keys) else ''}</NextMarker>"
+        text = f"<EnumerationResults><Blobs>{blobs}</Blobs>{marker}</EnumerationResults>"
+        return self._send(200, {"Content-Type": "application/xml"}, text.encode())
+
     def _object(self, request: Request, fault: Fault | None) -> bool:
         file = f"{self.s3.root}/{request.path}"
         try:
@@ -237,14 +262,14 @@ class _Handler(socketserver.StreamRequestHandler):
                 head=request.method == "HEAD",
             )
         etag, size = f'"{self.s3.etag_of(file, status)}"', status.st_size
-        if request.headers.get("if-match", etag) != etag:
+        if request.headers.get("if-match", etag).strip('"') != etag.strip('"'):
             return self._error(
                 412, "PreconditionFailed", "At least one of the pre-conditions did not hold"
             )
         headers = {"ETag": etag, "Last-Modified": MODIFIED, "Accept-Ranges": "bytes"}
         if request.method == "HEAD":
             self.s3.heads.append(request.headers)
-            if request.headers.get("x-amz-checksum-mode"):
+            if request.headers.get("x-amz-checksum-mode") or request.path in self.s3.checksums:
                 headers |= self._checksums(request.path, Path(file))
             return self._send(200, headers | {"Content-Length": str(size)}, b"")
         start, end = 0, size

@@ -23,9 +23,11 @@ from typing import Any
 
 import pytest
 import s3
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from plugins_for_tests import hook_log
 
-from rayserve_hooks import partials, progress, stores, transfer
+from rayserve_hooks import checksums, heads, partials, progress, stores, transfer
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
@@ -335,7 +337,7 @@ class TestVerification:
         self, algorithm: str, server: s3.Server, model: Path, weights: Path
     ) -> None:
         server.etags = "multipart"
-        hashing = stores.new_hash(algorithm)
+        hashing = checksums.new_hash(algorithm)
         assert hashing is not None
         hashing.update(weights.read_bytes())
         server.checksums[f"bucket/model/{WEIGHTS}"] = {
@@ -370,7 +372,7 @@ class TestVerification:
     def test_s3_is_asked_for_large_files(
         self, server: s3.Server, model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(transfer, "_HEAD_ABOVE_BYTES", RANGE)
+        monkeypatch.setattr(heads, "_ABOVE_BYTES", RANGE)
         server.crc64 = True
         download()
         assert of_weights(model) == ("checksum", "crc64nvme")
@@ -415,7 +417,131 @@ class TestVerification:
         with hook_log(caplog):
             assert_complete(server, download())
         assert of_weights(model) == ("size", "crc64nvme" if missing == "boto3" else "None")
-        assert ("their checksum takes 'boto3'; install" in caplog.text) == (missing == "boto3")
+        told = re.search(
+            rf"{URI}: some files are verified by size only, because the store cannot be asked for "
+            r"their checksum: ModuleNotFoundError: .*boto3.*; install 'rayserve_hooks\[download\]' "
+            "on every node",
+            caplog.text,
+        )
+        assert (told is not None) == (missing == "boto3")
+
+
+class TestOtherStores:
+    """Google's and Azure's protocols; no account of theirs is to be had here."""
+
+    GOOGLE = "gs://bucket/model"
+    AZURE = "azure://bucket@account.blob.core.windows.net/model"
+    ABFSS = "abfss://bucket@account.dfs.core.windows.net/model"
+
+    @pytest.fixture(params=[GOOGLE, "gs://anonymous@bucket/model", AZURE, ABFSS])
+    def uri(self, request: pytest.FixtureRequest, store: s3.Server) -> str:
+        return str(request.param)
+
+    @pytest.fixture
+    def store(
+        self, server: s3.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> s3.Server:
+        server.etags = "opaque"
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        account = {"client_email": "a@b", "private_key": key.decode(), "private_key_id": "1"}
+        (tmp_path / "account.json").write_text(json.dumps(account))
+        environment = {
+            "GOOGLE_SERVICE_ACCOUNT": str(tmp_path / "account.json"),
+            "STORAGE_EMULATOR_HOST": server.url,
+            "AZURE_STORAGE_ACCOUNT_KEY": "c2VjcmV0",
+            "AZURE_STORAGE_ENDPOINT": server.url,
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return server
+
+    @staticmethod
+    def fetch(uri: str) -> Path:
+        path = download_node("org/tiny", Mirror(uri), ALL)
+        assert path is not None
+        return Path(path)
+
+    def test_a_model_is_fetched_once(self, uri: str, store: s3.Server, weights: Path) -> None:
+        assert_complete(store, self.fetch(uri))
+        store.forget()
+        assert_complete(store, self.fetch(uri))
+        assert store.count("GET") == 0
+
+    def test_what_breaks_off_is_resumed(self, uri: str, store: s3.Server, weights: Path) -> None:
+        store.faults = [s3.Fault("truncated", WEIGHTS, times=4)]
+        assert_complete(store, self.fetch(uri))
+        assert store.sent[f"bucket/model/{WEIGHTS}"] == weights.stat().st_size
+
+    @pytest.mark.parametrize("kind", ["denied", "missing"])
+    def test_a_refusal_keeps_the_message_of_the_store(
+        self, kind: str, uri: str, store: s3.Server, model: Path
+    ) -> None:
+        store.faults = [s3.Fault(kind, WEIGHTS)]
+        said = {"denied": "Access Denied; check the cred", "missing": "not exist; check bucket"}
+        with pytest.raises(
+            DownloadError,
+            match=f"cannot fetch '{WEIGHTS}' of {re.escape(uri)}: .*{said[kind]}",
+        ):
+            self.fetch(uri)
+        assert_absent(model)
+
+    def test_a_listing_of_many_pages(self, uri: str, store: s3.Server) -> None:
+        store.page_size = 1
+        assert_complete(store, self.fetch(uri))
+
+    @pytest.mark.parametrize("right", [True, False])
+    def test_the_checksum_that_the_store_has(
+        self, right: bool, uri: str, store: s3.Server, model: Path, weights: Path
+    ) -> None:
+        content = weights.read_bytes() if right else b"something else"
+        algorithm = "crc32c" if uri.startswith("gs") else "md5"
+        hashing = checksums.new_hash(algorithm)
+        assert hashing is not None
+        hashing.update(content)
+        value = base64.b64encode(hashing.digest()).decode()
+        md5 = base64.b64encode(b"not looked at: slow").decode()
+        store.checksums[f"bucket/model/{WEIGHTS}"] = (
+            {"x-goog-hash": f"crc32c={value},md5={md5}"}
+            if algorithm == "crc32c"
+            else {"Content-MD5": value}
+        )
+        if right:
+            assert_complete(store, self.fetch(uri))
+            assert of_weights(model) == ("checksum", algorithm)
+            return
+        with pytest.raises(DownloadError, match=f"has the checksum '{algorithm}:.*' in the store"):
+            self.fetch(uri)
+        assert_absent(model)
+
+    def test_an_etag_of_google_that_only_looks_like_an_md5(
+        self, store: s3.Server, model: Path, weights: Path
+    ) -> None:
+        store.etags = "md5"
+        status = weights.stat()
+        store.md5s[str(weights), status.st_size, status.st_mtime_ns] = "0" * 32
+        hashing = checksums.new_hash("crc32c")
+        assert hashing is not None
+        hashing.update(weights.read_bytes())
+        value = base64.b64encode(hashing.digest()).decode()
+        store.checksums[f"bucket/model/{WEIGHTS}"] = {"x-goog-hash": f"crc32c={value}"}
+        assert_complete(store, self.fetch(self.GOOGLE))
+        assert of_weights(model) == ("checksum", "crc32c")
+
+    def test_a_store_that_signs_nothing_is_told_of_once(
+        self, store: s3.Server, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    ) -> None:
+        monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+        monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=1&sig=SECRET")
+        with hook_log(caplog):
+            assert_complete(store, self.fetch(self.AZURE))
+        assert of_weights(model)[0] == "size"
+        assert caplog.text.count("some files are verified by size only, because the store ") == 1
+        assert "SAS tokens auth is not supported" in caplog.text
+        assert "SECRET" not in caplog.text
 
 
 class TestResume:
