@@ -243,6 +243,10 @@ class _Records:
         """Give what the object ``hash`` holds, if this version of it has been read."""
         return self._revisions.get(hash_object.version)
 
+    def know_any(self) -> bool:
+        """Tell whether any file of this source was whole at some time."""
+        return bool(self._known)
+
     def same_version(self, revision: str, file: RemoteFile) -> _Record | None:
         """Find the record of a file as the store has it now."""
         record = self._known.get(file.path, {}).get(revision)
@@ -308,12 +312,14 @@ def _complete(
     def not_whole(files: list[RemoteFile]) -> list[RemoteFile]:
         return [file for file in files if not _is_whole(heads, file, folder, revision, records)]
 
+    missing = wanted
     try:
         records.folder.mkdir(parents=True, exist_ok=True)
-        # Slices: handing over one file costs more than to look at it.
-        slices = [wanted[first::_CHECK_THREADS] for first in range(_CHECK_THREADS)]
-        with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-            missing = list(itertools.chain.from_iterable(pool.map(not_whole, slices)))
+        if folder.exists() or records.know_any():
+            # Slices: handing over one file costs more than to look at it.
+            slices = [wanted[first::_CHECK_THREADS] for first in range(_CHECK_THREADS)]
+            with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+                missing = list(itertools.chain.from_iterable(pool.map(not_whole, slices)))
     except OSError as error:
         raise unwritable(error, folder) from error
     logger.info("%s: %d files, %d to fetch into %s", source.uri, len(wanted), len(missing), folder)

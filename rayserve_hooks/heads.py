@@ -75,11 +75,12 @@ class Heads:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._can_ask = source.scheme in _SCHEMES
+        self._etags_are_md5 = True  # until an answer says otherwise
 
     def wanted(self, file: RemoteFile) -> bool:
         """Tell whether the listing alone has no checksum of an object, or only a slow one."""
-        slow = file.size > _ABOVE_BYTES or _MD5_ETAG.fullmatch(file.etag or "") is None
-        return self._can_ask and slow
+        has_md5 = self._etags_are_md5 and _MD5_ETAG.fullmatch(file.etag or "") is not None
+        return self._can_ask and (file.size > _ABOVE_BYTES or not has_md5)
 
     def of(self, file: RemoteFile) -> Head | None:
         """Ask for an object's checksum.
@@ -109,8 +110,9 @@ class Heads:
             return None  # another version; the ranges, which are pinned to ours, will say so
         encrypted = headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
         own_key = "x-amz-server-side-encryption-customer-algorithm" in headers
-        is_s3 = self.source.scheme == "s3"
-        return Head(_full_checksum(headers), etag_is_md5=is_s3 and not (encrypted or own_key))
+        etag_is_md5 = self.source.scheme == "s3" and not (encrypted or own_key)
+        self._etags_are_md5 &= etag_is_md5
+        return Head(_full_checksum(headers), etag_is_md5)
 
     def _request(self, path: str) -> urllib.request.Request | None:
         """Make the request, with the credentials that the downloads use."""

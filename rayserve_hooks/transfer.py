@@ -160,7 +160,7 @@ class _Transfer:
         self._publish = publish
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._arrived: deque[tuple[PartialFile, bytearray, Content]] = deque()
+        self._arrived: deque[tuple[PartialFile, bytearray]] = deque()
         self._publishers = threading.BoundedSemaphore(PUBLISHERS)
         self._damaged: list[tuple[PartialFile, DamagedError]] = []
 
@@ -230,12 +230,10 @@ class _Transfer:
         data = bytearray()
         if partial.file.size:
             self._receive(partial.file, (0, partial.file.size), lambda _, chunk: data.extend(chunk))
-        try:
-            content = self._verified(partial, functools.partial(checksum_of, data))
-        except DamagedError as error:
-            self._damaged.append((partial, error))
-            return
-        self._arrived.append((partial, data, content))
+        if self._heads.wanted(partial.file):  # here, where many wait at once
+            partial.head = Future()
+            partial.head.set_result(self._heads.of(partial.file))
+        self._arrived.append((partial, data))
         # Looked at again after each turn: another thread may have come while none was to be had.
         while self._arrived:
             if not self._publishers.acquire(blocking=len(self._arrived) > SMALL_STREAMS):
@@ -248,12 +246,15 @@ class _Transfer:
     def _publish_arrived(self) -> None:
         while True:
             try:
-                partial, data, content = self._arrived.popleft()
+                partial, data = self._arrived.popleft()
             except IndexError:
                 return
             try:
+                content = self._verified(partial, functools.partial(checksum_of, data))
                 partial.write_whole(memoryview(data))
                 self._publish(partial.file, content, partial.path)
+            except DamagedError as error:
+                self._damaged.append((partial, error))
             except OSError as error:
                 raise unwritable(error, partial.target) from error
 
@@ -352,11 +353,10 @@ class _Transfer:
 
     def _verified(self, partial: PartialFile, compute: Callable[[str], str | None]) -> Content:
         file = partial.file
-        asked = partial.head is not None or self._heads.wanted(file)
-        head = partial.head.result() if partial.head else self._heads.of(file) if asked else None
+        head = partial.head.result() if partial.head else None
         expected = expected_checksum(file, head)
         got = None if expected is None else compute(expected.partition(":")[0])
-        if got != expected and not asked:
+        if got != expected and partial.head is None:
             # The ETag of an object that is encrypted with a key only looks like an MD5.
             expected = expected_checksum(file, self._heads.of(file))
             got = None if expected is None else compute(expected.partition(":")[0])

@@ -88,6 +88,9 @@ class OnNode:
         self.file.touch()
         return before
 
+    def say(self, ctx: CallbackCtx) -> None:
+        ctx.custom_data["said"] = self.what
+
     def fail(self, ctx: CallbackCtx) -> None:
         raise RuntimeError("no such bucket")
 

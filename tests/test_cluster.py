@@ -69,6 +69,27 @@ def begun_on(log: Path) -> int:
     return len(calls(log, "on_before_download")) if log.exists() else 0
 
 
+def test_the_trace_of_three_nodes_is_in_order_and_each_sends_its_data_back(
+    ray_cluster: Any, third: Any, log: Path
+) -> None:
+    ctx = initialize(config(log, on(third.node_id, "say")))
+    nodes = [ray_cluster.head_id, ray_cluster.other_id, third.node_id]
+    assert [(call.node_id, call.hook, call.callback) for call in ctx.trace] == [
+        (nodes[0], "on_before_init", "SpreadOver"),
+        (nodes[0], "on_before_init", "Record"),
+        *(
+            (node, "on_before_download", callback)
+            for node in nodes
+            for callback in ("Record", "say")
+        ),
+    ]
+    assert list(ctx.nodes) == nodes
+    pids = {call["node"]: call["pid"] for call in calls(log, "on_before_download")}
+    assert {node: ctx.nodes[node].custom_data["pid"] for node in nodes} == pids
+    assert len(set(pids.values())) == len(nodes)
+    assert [node for node in nodes if ctx.nodes[node].custom_data.get("said")] == [third.node_id]
+
+
 def test_a_killed_task_is_started_again_and_counted(
     ray_cluster: Any, third: Any, log: Path, tmp_path: Path
 ) -> None:
