@@ -20,6 +20,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(EXAMPLES), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+# By default Serve gives up a proxy that takes five seconds to start, as on a busy machine.
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
 
 class RayCluster(NamedTuple):

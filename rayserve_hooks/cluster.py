@@ -6,15 +6,20 @@ import asyncio
 import contextlib
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from rayserve_hooks.context import NodeInfo
 from rayserve_hooks.errors import HookError, describe
+from rayserve_hooks.hookspecs import CLEAN_UP
+from rayserve_hooks.manager import get_plugin_manager
 from rayserve_hooks.node import (
+    CleanUp,
     NodeReply,
     NodeRequest,
     run_clean_up_task,
+    run_fetch_task,
     run_node_task,
 )
 from rayserve_hooks.trace import LOGGER_NAME, TraceEntry
@@ -50,6 +55,7 @@ class NodeTask:
         self._runtime_env = copy.deepcopy(runtime_env)
         self._calls: dict[int, TraceEntry] = {}
         self._cleaned_up = False
+        self._cancelled = False
         self._stream = self._remote(run_node_task, "", num_returns="streaming").remote(request)
         self._following = asyncio.ensure_future(self._follow())
 
@@ -109,7 +115,7 @@ class NodeTask:
                 self._calls.update(item.calls)
             raise self._failed("its task ended without a reply; see the logs of that node")
         except TaskCancelledError as error:
-            self._cleaned_up = True
+            self._cleaned_up = self._cancelled = True
             raise self._failed("its task was cancelled by somebody else") from error
         except RayTaskError as error:
             self._cleaned_up = True
@@ -144,8 +150,8 @@ class NodeTask:
             ray.cancel(self._stream, force=force)
             done, _ = await asyncio.wait([self._following], timeout=patience_s)
             if done:
-                # A killed process has cleaned up nothing.
-                self._cleaned_up &= not force
+                if force:  # a killed process has cleaned up nothing
+                    self._cleaned_up = self._cancelled = False
                 return
 
     async def clean_up(self, error: BaseException) -> list[HookError]:
@@ -154,34 +160,56 @@ class NodeTask:
         Returns:
             What failed in it.
         """
-        from ray.exceptions import RayError
-
         with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
             self._following.exception()  # has been reported, or follows from what was
-        if self._cleaned_up or (self.phase is None and self.reply is None):
+        if self.phase is None and self.reply is None:
             return []
         request = self._request
-        if self.reply is not None:
-            request = replace(request, custom_data=self.reply.custom_data)
-        calls_made = self.reply.trace if self.reply else self._calls.values()
-        started = {call.callback for call in calls_made}
-        limit = request.stack.time_limits.on_init_failed
-        task = self._remote(run_clean_up_task, ":clean-up")
+        if self._cancelled:
+            if not get_plugin_manager(request.stack).run_order()[CLEAN_UP]:
+                return []
+            outcome = await self._on_node(run_fetch_task, "fetch", request)
+            if isinstance(outcome, CleanUp):
+                self._calls.clear()
+        elif self._cleaned_up:
+            return []
+        else:
+            if self.reply is not None:
+                request = replace(request, custom_data=self.reply.custom_data)
+            calls = self.reply.trace if self.reply else self._calls.values()
+            started = {call.callback for call in calls}
+            outcome = await self._on_node(run_clean_up_task, "clean-up", request, error, started)
+        if isinstance(outcome, CleanUp):
+            first = max(self._calls, default=-1) + 1
+            self._calls.update(enumerate(outcome.trace, first))
+            return outcome.failures
+        problem = "on_init_failed did not run"
+        if self._cancelled:
+            problem = "what on_init_failed did there is not known, see the logs of that node"
+        failure = HookError(
+            callback=None,
+            hook=None,
+            node=str(self.node),
+            phase="clean-up",
+            detail=f"{problem}: {describe(outcome)}",
+        )
+        logger.error("%s", failure)
+        return [failure]
+
+    async def _on_node(
+        self, function: Callable[..., CleanUp], name: str, *args: object
+    ) -> CleanUp | Exception:
+        """Run a task of the clean-up, in a new process on the node."""
+        from ray.exceptions import RayError, RayTaskError
+
+        limit = self._request.stack.time_limits.on_init_failed
+        task = self._remote(function, f":{name}").remote(*args)
         try:
-            failures, calls = await asyncio.wait_for(
-                task.remote(request, error, started),
-                None if limit is None else limit + _CLEAN_UP_START_S,
+            outcome: CleanUp = await asyncio.wait_for(
+                task, None if limit is None else limit + _CLEAN_UP_START_S
             )
+        except RayTaskError as problem:
+            return problem.cause  # type: ignore[no-any-return]
         except (RayError, TimeoutError) as problem:
-            failure = HookError(
-                callback=None,
-                hook=None,
-                node=str(self.node),
-                phase="clean-up",
-                detail=f"on_init_failed did not run: {describe(problem)}",
-            )
-            logger.error("%s", failure)  # noqa: TRY400 - the text has the cause
-            return [failure]
-        first = max(self._calls, default=-1) + 1
-        self._calls.update(enumerate(calls, first))
-        return list(failures)
+            return problem
+        return outcome

@@ -11,13 +11,17 @@ import contextlib
 import copy
 import functools
 import os
+import pickle
 import queue
 import signal
+import tempfile
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rayserve_hooks import _ray, aio
@@ -72,6 +76,7 @@ class NodeRequest:
     assigned: frozenset[str]
     custom_data: dict[str, bytes]
     custom_data_setters: Setters
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,19 @@ class NodeReply:
     result: NodeResult
     custom_data: dict[str, bytes]
     extra_init_kwargs: dict[str, Any]
+    trace: list[TraceEntry]
+
+
+@dataclass(frozen=True)
+class CleanUp:
+    """What ``on_init_failed`` did on a node.
+
+    Attributes:
+        failures: What failed in it.
+        trace: The calls of its process.
+    """
+
+    failures: list[HookError]
     trace: list[TraceEntry]
 
 
@@ -129,15 +147,15 @@ async def initialize_this_node(
         return NodeResult(ctx.node, path, {}, handled, hook_s, 0.0)
     on_phase("download")
     started = time.perf_counter()
-    field = _download_field(ctx.node)
+    mode = _download_field(ctx.node)
     try:
         async with time_limit("download", limits.download, ctx, "download"):
             path = await aio.run_in_thread(
                 download_node,
                 source.model_id,
                 source.mirror,
-                getattr(ctx, field),
-                from_hub=field in ctx._assigned,
+                getattr(ctx, mode),
+                from_hub=mode in ctx._assigned,
             )
     except HookError:
         raise
@@ -301,10 +319,14 @@ def run_node_task(request: NodeRequest) -> Iterator[NodeStatus | NodeReply]:
     statuses: queue.Queue[tuple[NodeStatus, threading.Event] | None] = queue.Queue()
     news = _News()
     phase = "before download"
+    ended = False  # nobody sends what is said later
 
     def report() -> threading.Event:
         sent = threading.Event()
-        statuses.put((NodeStatus(phase, news.of(ctx.trace)), sent))
+        if ended:
+            sent.set()
+        else:
+            statuses.put((NodeStatus(phase, news.of(ctx.trace)), sent))
         return sent
 
     def on_call(_: TraceEntry) -> None:
@@ -337,16 +359,19 @@ def run_node_task(request: NodeRequest) -> Iterator[NodeStatus | NodeReply]:
         custom_data = pack_custom_data(ctx, request.custom_data_setters)
         reply = NodeReply(work.result(), custom_data, ctx.extra_init_kwargs, list(ctx.trace))
     except Exception as error:
+        ended = True
         _clean_up_after(manager, ctx, error)
         yield NodeStatus(phase, dict(enumerate(ctx.trace)))
         raise
     except BaseException:  # the KeyboardInterrupt of ray.cancel; nothing can be yielded any more
+        ended = True
         work.cancel()
         detail = "stopped, because the initialization has failed elsewhere or was cancelled"
         stopped = HookError(
             callback=None, hook=None, node=str(ctx.node), phase=phase, detail=detail
         )
         _clean_up_after(manager, ctx, stopped)
+        _leave(request, CleanUp(stopped.cleanup_errors, list(ctx.trace)))
         raise
     yield reply
 
@@ -372,18 +397,40 @@ def _clean_up_after(manager: PluginManager, ctx: CallbackCtx, error: Exception) 
         error.cleanup_errors.extend(failures)
 
 
-def run_clean_up_task(
-    request: NodeRequest, error: BaseException, started: set[str]
-) -> tuple[list[HookError], list[TraceEntry]]:
-    """Run ``on_init_failed`` on a node whose own task has ended.
-
-    Returns:
-        What failed in it, and the calls that were made.
-    """
+def run_clean_up_task(request: NodeRequest, error: BaseException, started: set[str]) -> CleanUp:
+    """Run ``on_init_failed`` on a node whose own task has ended."""
     ctx = _context_of(request)
     manager = get_plugin_manager(request.stack)
     failures = _start(clean_up(manager, ctx, error, started)).result()
-    return failures, list(ctx.trace)
+    return CleanUp(failures, list(ctx.trace))
+
+
+# Of a task that was cancelled Ray drops everything: what it returns, yields and raises. So it
+# leaves the outcome of its clean-up in a file, which another task on the node fetches.
+
+
+def _leave(request: NodeRequest, outcome: CleanUp) -> None:
+    path = _left_by(request)
+    unfinished = path.with_suffix(".new")
+    with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        pickle.dump(outcome, file)
+    unfinished.replace(path)
+
+
+def run_fetch_task(request: NodeRequest) -> CleanUp:
+    """Fetch what a cancelled task on this node has left.
+
+    Raises:
+        FileNotFoundError: It has left nothing.
+    """
+    path = _left_by(request)
+    outcome: CleanUp = pickle.loads(path.read_bytes())
+    path.unlink()
+    return outcome
+
+
+def _left_by(request: NodeRequest) -> Path:
+    return Path(tempfile.gettempdir(), f"rayserve_hooks-{request.token}")
 
 
 def _start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:

@@ -630,8 +630,9 @@ def test_a_node_task_says_of_each_call_when_it_begins_and_how_it_ended(
 
 
 def test_a_node_task_that_fails_has_cleaned_up(
-    request_of: Callable[..., node.NodeRequest],
+    request_of: Callable[..., node.NodeRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(node, "_POLL_S", FOREVER)
     kwargs = {"error": "no such bucket", "cleanup_error": "no such lock"}
     task = node.run_node_task(request_of({"callback": OnNode, "kwargs": kwargs}))
     said: list[Any] = []
@@ -643,6 +644,8 @@ def test_a_node_task_that_fails_has_cleaned_up(
         ("on_before_download", "failed"),
         ("on_init_failed", "failed"),
     ]
+    # A call waits until the replica has heard of it; in the clean-up nobody tells it any more.
+    assert all(call.duration_s < FOREVER for call in said[-1].calls.values())
     assert [caught.value] == SEEN
 
 
@@ -657,16 +660,27 @@ def test_a_node_task_that_is_stopped_cleans_up_with_an_error_that_says_so(
         def on_before_download(self, ctx: CallbackCtx) -> None:  # type: ignore[override]
             pass
 
-    task: Any = node.run_node_task(request_of(Before, Waits))
+    before = {"callback": Before, "kwargs": {"cleanup_error": "no such lock"}}
+    request = request_of(before, Waits)
+    task: Any = node.run_node_task(request)
     while "Waits" not in {call.callback for call in next(task).calls.values()}:
         pass
     with pytest.raises(KeyboardInterrupt):
         task.throw(KeyboardInterrupt)
     (error,) = SEEN
-    assert str(error) == (
+    assert str(error).partition("\n")[0] == (
         "node initialization failed on node n2 (10.0.0.2) (phase: before download): stopped, "
         "because the initialization has failed elsewhere or was cancelled"
     )
+    left = node.run_fetch_task(request)
+    assert [failure.detail for failure in left.failures] == ["OSError: no such lock"]
+    assert [(call.hook, call.callback) for call in left.trace] == [
+        ("on_before_download", "Before"),
+        ("on_before_download", "Waits"),
+        ("on_init_failed", "Before"),
+    ]
+    with pytest.raises(FileNotFoundError):
+        node.run_fetch_task(request)
 
 
 def test_a_node_whose_task_has_ended_cleans_up_with_what_had_started(
@@ -674,9 +688,9 @@ def test_a_node_whose_task_has_ended_cleans_up_with_what_had_started(
 ) -> None:
     error = ValueError("the first failure")
     request = pickle.loads(pickle.dumps(request_of(OnNode)))
-    assert node.run_clean_up_task(request, error, set()) == ([], [])
+    assert node.run_clean_up_task(request, error, set()) == node.CleanUp([], [])
     assert not SEEN
-    failures, calls = node.run_clean_up_task(request, error, {"OnNode"})
-    assert failures == []
-    assert [(call.hook, call.callback) for call in calls] == [("on_init_failed", "OnNode")]
+    done = node.run_clean_up_task(request, error, {"OnNode"})
+    assert done.failures == []
+    assert [(call.hook, call.callback) for call in done.trace] == [("on_init_failed", "OnNode")]
     assert [error] == SEEN
