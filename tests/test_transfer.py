@@ -17,6 +17,7 @@ import textwrap
 import time
 import types
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,25 @@ def test_an_endpoint_where_nobody_listens(
     pattern = rf"^cannot list {URI}: .*; check endpoint, region, credentials and the network$"
     with pytest.raises(DownloadError, match=pattern):
         download()
+
+
+def test_a_stream_ends_in_mid_file_once_another_has_failed(server: s3.Server) -> None:
+    source = stores.open_source(URI)
+    (weights,) = [file for path, file in source.list_files().items() if path == WEIGHTS]
+    counted = progress.Progress(URI, weights.size, 0)
+    received: list[int] = []
+    with ThreadPoolExecutor() as pool:
+        running = transfer._Transfer(heads.Heads(source), pool, counted, lambda *_: None)
+
+        def fail_elsewhere(offset: int, chunk: memoryview) -> None:
+            received.append(len(chunk))
+            running._stop.set()
+
+        with pytest.raises(
+            DownloadError, match=rf"^cannot fetch '{WEIGHTS}' of {URI}: another file has failed$"
+        ):
+            running._receive(weights, (0, weights.size), fail_elsewhere)
+    assert len(received) == 1
 
 
 def test_a_file_is_never_mixed_from_two_versions(
