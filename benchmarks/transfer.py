@@ -16,14 +16,21 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import store
 from report import Benchmark, arguments
 
 CASES = (store.ONE, store.SHARDS, store.SMALL)
-SIDES = ("Ray's boto3 path", "pyarrow.fs", "fsspec", "local disk", "ours")
+SIDES = (
+    "Ray's boto3 path",
+    "pyarrow.fs",
+    "fsspec",
+    "local disk",
+    "ours, obstore alone",
+    "ours",
+)
 WANTED = {store.ONE: 1.9, store.SHARDS: 2.5, store.SMALL: 12}
 MOST_MIB = 256
 FSSPEC_VENV = store.ROOT / ".cache" / "bench-fsspec"
@@ -61,7 +68,7 @@ def local_disk(case: str, target: Path) -> Callable[[], object]:
 
 def ours(case: str, target: Path) -> Callable[[], object]:
     os.environ["HF_HUB_CACHE"] = str(target)
-    for name in ("awscrt.checksums", "boto3", "obstore.store"):
+    for name in ("awscrt.checksums", "boto3", "http.client", "obstore.store"):
         importlib.import_module(name)
 
     from rayserve_hooks.context import NodeModelDownloadable
@@ -71,7 +78,17 @@ def ours(case: str, target: Path) -> Callable[[], object]:
     return lambda: download_node("model", Mirror(store.uri(case)), everything)
 
 
-PREPARE = dict(zip(SIDES, (ray_boto3, pyarrow_fs, fsspec, local_disk, ours), strict=True))
+def ours_by_obstore(case: str, target: Path) -> Callable[[], object]:
+    """Ours, without the direct reads of large files."""
+    from rayserve_hooks.direct import DirectReader
+
+    nothing: Callable[..., Iterator[memoryview]] = lambda *_: iter(())  # noqa: E731
+    DirectReader.read = nothing  # type: ignore[method-assign]
+    return ours(case, target)
+
+
+SOURCES = (ray_boto3, pyarrow_fs, fsspec, local_disk, ours_by_obstore, ours)
+PREPARE = dict(zip(SIDES, SOURCES, strict=True))
 
 
 def one(case: str, side: str) -> dict[str, float]:

@@ -13,18 +13,14 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayserve_hooks.checksums import new_hash
 from rayserve_hooks.stores import (
     RemoteFile,
     Source,
-    gcs_endpoint,
     message_of,
     region,
-    s3_endpoint,
     without_secrets,
 )
 from rayserve_hooks.trace import LOGGER_NAME
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(LOGGER_NAME)
 
 _TIMEOUT_S = 30
-_SIGNED_FOR = timedelta(minutes=5)
 _SCHEMES = ("s3", "gs", "azure", "abfss")
 # MD5 costs more than the download, so for large files the store is asked for something faster.
 _ABOVE_BYTES = 64 * 2**20
@@ -139,12 +134,9 @@ class Heads:
         Not with a client of boto3: making one takes a tenth of a second in which no other thread
         runs, and here it would be for one kind of request.
         """
-        anonymous = self.source.anonymous
-        session = None if anonymous else self._session
-        bucket, key = self.source.key_of(path)
+        session = None if self.source.anonymous else self._session
         at = region() or (session and session.region_name) or "us-east-1"
-        endpoint = s3_endpoint() or f"https://s3.{at}.amazonaws.com"
-        url = _url(endpoint, bucket, key)
+        url = self.source.url_of(path, at)
         headers = {"x-amz-checksum-mode": "ENABLED"}
         if session is not None:
             from botocore.auth import S3SigV4Auth
@@ -162,20 +154,9 @@ class Heads:
         return boto3.Session()
 
     def _others(self, path: str) -> tuple[str, dict[str, str]]:
-        """Let obstore sign an address."""
-        import obstore
-
-        if self.source.anonymous:
-            endpoint = gcs_endpoint() or "https://storage.googleapis.com"
-            return _url(endpoint, *self.source.key_of(path)), {}
         # Azure's signatures are for permissions; that to read is the one of GET.
-        method: Any = "HEAD" if self.source.scheme == "gs" else "GET"
-        store: Any = self.source.store
-        return obstore.sign(store, method, path, _SIGNED_FOR), {}
-
-
-def _url(endpoint: str, bucket: str, key: str) -> str:
-    return f"{endpoint.rstrip('/')}/{bucket}/{quote(key, safe='/~')}"
+        method: Literal["GET", "HEAD"] = "HEAD" if self.source.scheme == "gs" else "GET"
+        return self.source.readable_url_of(path, method), {}
 
 
 def _full_checksum(headers: Mapping[str, str]) -> str | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote, urlsplit
 
 from rayserve_hooks.errors import DownloadError, describe
 
@@ -31,6 +32,7 @@ _AZURE_HOSTS = {
 _AZURE_CREDENTIALS = re.compile(
     r"AZURE_(STORAGE_)?(ACCOUNT_KEY|ACCESS_KEY|MASTER_KEY|SAS_KEY|SAS_TOKEN|TOKEN)$"
 )
+_SIGNED_FOR = timedelta(minutes=5)
 ANONYMOUS = "anonymous@"
 """Before a bucket's name: send no credentials."""
 
@@ -72,6 +74,34 @@ class Source:
         rest = self.uri.partition("://")[2].removeprefix(ANONYMOUS)
         bucket, _, prefix = rest.partition("/")
         return bucket, "/".join(filter(None, [prefix.strip("/"), path]))
+
+    def url_of(self, path: str, at: str | None = None) -> str:
+        """Give the address of an object of S3 or Google Cloud Storage, without a signature.
+
+        Args:
+            path: Relative to the store's URI.
+            at: The region, where it is known; by default the environment's.
+        """
+        if self.scheme == "s3":
+            at = at or region() or "us-east-1"
+            endpoint = s3_endpoint() or f"https://s3.{at}.amazonaws.com"
+        else:
+            endpoint = gcs_endpoint() or "https://storage.googleapis.com"
+        bucket, key = self.key_of(path)
+        return f"{endpoint.rstrip('/')}/{bucket}/{quote(key, safe='/~')}"
+
+    def readable_url_of(self, path: str, method: Literal["GET", "HEAD"] = "GET") -> str:
+        """Give an object's address as it can be asked for: signed, unless that is not wanted.
+
+        Raises:
+            Exception: Of obstore's own classes, where its credentials cannot sign.
+        """
+        if self.anonymous:
+            return self.url_of(path)
+        import obstore
+
+        store: Any = self.store
+        return obstore.sign(store, method, path, _SIGNED_FOR)
 
     def list_files(self) -> dict[str, RemoteFile]:
         """List the objects below the URI.

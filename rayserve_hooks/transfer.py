@@ -17,7 +17,7 @@ import random
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rayserve_hooks import aio
 from rayserve_hooks.checksums import checksum_of, checksum_text
+from rayserve_hooks.direct import DirectReader
 from rayserve_hooks.errors import DownloadError, describe
 from rayserve_hooks.heads import Heads, expected_checksum
 from rayserve_hooks.partials import PartialFile, Span, plan
@@ -33,7 +34,7 @@ from rayserve_hooks.stores import RemoteFile, failure
 from rayserve_hooks.trace import LOGGER_NAME
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from obstore import GetOptions, GetResult
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -76,6 +77,7 @@ class Content:
 T = TypeVar("T")
 
 Publish = Callable[[RemoteFile, Content, str], None]
+Consume = Callable[[int, memoryview], None]
 
 
 def fetch(
@@ -156,6 +158,7 @@ class _Transfer:
         publish: Publish,
     ) -> None:
         self._source, self._heads, self._head_pool = heads.source, heads, head_pool
+        self._direct = DirectReader(heads.source)
         self._progress = progress
         self._publish = publish
         self._lock = threading.Lock()
@@ -165,6 +168,12 @@ class _Transfer:
         self._damaged: list[tuple[PartialFile, DamagedError]] = []
 
     def run(self, partials: list[PartialFile]) -> None:
+        try:
+            self._run(partials)
+        finally:
+            self._direct.close()
+
+    def _run(self, partials: list[PartialFile]) -> None:
         damaged = self._pass(partials)
         if damaged:
             for partial, error in damaged:
@@ -284,15 +293,14 @@ class _Transfer:
         try:
             with self._lock:
                 partial.open()
-            self._receive(partial.file, span, write)
+            start = self._take(self._direct.read(partial.file, span), partial.file, span, write)
+            self._receive(partial.file, (start, span[1]), write)
             partial.crcs[span[0]] = crc
             partial.finish_span(span)
         except OSError as error:
             raise unwritable(error, partial.path) from error
 
-    def _receive(
-        self, file: RemoteFile, span: Span, consume: Callable[[int, memoryview], None]
-    ) -> None:
+    def _receive(self, file: RemoteFile, span: Span, consume: Consume) -> None:
         """Fetch a range in order; go on where the body broke off."""
         import obstore
         from obstore.exceptions import GenericError
@@ -300,9 +308,29 @@ class _Transfer:
         start, end = span
         what = f"cannot fetch {file.path!r} of {self._source.uri}"
         problem: Exception | None = None
-        for attempt in range(BODY_ATTEMPTS):
-            if attempt:
-                self._stop.wait(random.uniform(0.5, 1) * BACKOFF_S * 2**attempt)
+
+        def chunks_of(result: GetResult) -> Iterator[memoryview]:
+            nonlocal problem
+            try:
+                for chunk in result.stream(CHUNK_BYTES):
+                    yield memoryview(chunk)
+            except GenericError as error:
+                problem = error
+            except Exception as error:  # obstore raises classes of its own per store
+                raise failure(what, error) from error
+
+        attempts = 0
+        while start < end:
+            if attempts == BODY_ATTEMPTS:
+                if problem is not None:
+                    raise failure(what, problem) from problem
+                raise DownloadError(
+                    f"{what}: the body ended {end - start} bytes early, {BODY_ATTEMPTS} times; the "
+                    "store or a proxy cuts it off, or lists another size: check both"
+                )
+            if attempts:
+                self._stop.wait(random.uniform(0.5, 1) * BACKOFF_S * 2**attempts)
+            attempts += 1
             options: GetOptions = {}
             if file.etag is not None:
                 options["if_match"] = file.etag
@@ -310,34 +338,26 @@ class _Transfer:
                 options["range"] = (start, end)
             try:
                 result = obstore.get(self._source.store, file.path, options=options)
-            except Exception as error:  # obstore raises classes of its own per store
+            except Exception as error:  # as above
                 raise failure(what, error) from error
-            chunks = iter(result.stream(CHUNK_BYTES))
-            while start < end:
-                if self._stop.is_set():
-                    raise DownloadError(f"{what}: another file has failed")
-                try:
-                    chunk = next(chunks)
-                except StopIteration:
-                    break
-                except GenericError as error:
-                    problem = error
-                    break
-                except Exception as error:  # as above
-                    raise failure(what, error) from error
-                # More than was asked for would be another range's bytes.
-                view = memoryview(chunk)[: end - start]
-                consume(start, view)
-                start += len(view)
-                self._progress.add(len(view))
-            if start == end:
-                return
-        if problem is not None:
-            raise failure(what, problem) from problem
-        raise DownloadError(
-            f"{what}: the body ended {end - start} bytes early, {BODY_ATTEMPTS} times; the store "
-            "or a proxy cuts it off, or lists another size: check both"
-        )
+            start = self._take(chunks_of(result), file, (start, end), consume)
+
+    def _take(
+        self, chunks: Iterator[memoryview], file: RemoteFile, span: Span, consume: Consume
+    ) -> int:
+        """Consume the parts of a range; give the first byte behind them."""
+        start, end = span
+        for chunk in chunks:
+            if self._stop.is_set():
+                raise DownloadError(
+                    f"cannot fetch {file.path!r} of {self._source.uri}: another file has failed"
+                )
+            # More than was asked for would be another range's bytes.
+            view = chunk[: end - start]
+            consume(start, view)
+            start += len(view)
+            self._progress.add(len(view))
+        return start
 
     def _finish(self, partial: PartialFile) -> None:
         partial.close()

@@ -15,6 +15,7 @@ import hashlib
 import os
 import socket
 import socketserver
+import ssl
 import stat
 import struct
 import threading
@@ -44,6 +45,7 @@ class Fault:
         times: How many requests it hits.
         method: The HTTP method it hits.
         delay_s: For ``slow``.
+        start: The first byte of the range it hits; None hits each.
     """
 
     kind: str
@@ -51,6 +53,7 @@ class Fault:
     times: float = float("inf")
     method: str = "GET"
     delay_s: float = 0.0
+    start: int | None = None
 
 
 @dataclass
@@ -59,6 +62,10 @@ class Request:
     path: str
     query: dict[str, list[str]]
     headers: dict[str, str]
+
+    @property
+    def first_byte(self) -> int:
+        return int(self.headers.get("range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
 
 
 @dataclass
@@ -79,6 +86,8 @@ class Server:
         requests: ``"METHOD path"`` of each request; a listing is ``"LIST prefix"``.
         heads: The headers of each HEAD, with names in lower case.
         sent: Body bytes of objects, by path.
+        connections: How many clients have opened.
+        tls: Speak HTTPS.
     """
 
     root: Path
@@ -93,6 +102,8 @@ class Server:
     requests: list[str] = field(default_factory=list)
     heads: list[dict[str, str]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
+    connections: int = 0
+    tls: ssl.SSLContext | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     answering: int = 0
     idle: threading.Condition = field(default_factory=threading.Condition)
@@ -118,6 +129,7 @@ class Server:
                     fault.times > 0
                     and fault.method == request.method
                     and request.path.endswith(fault.path)
+                    and fault.start in (None, request.first_byte)
                 ):
                     fault.times -= 1
                     return fault
@@ -143,6 +155,7 @@ class _Handler(socketserver.StreamRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.s3 = self.server.s3
+        self.s3.connections += 1
         if self.s3.rate:
             self.connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, self.s3.rate)
 
@@ -274,8 +287,8 @@ class _Handler(socketserver.StreamRequestHandler):
             return self._send(200, headers | {"Content-Length": str(size)}, b"")
         start, end = 0, size
         if wanted := request.headers.get("range"):
-            first, _, last = wanted.removeprefix("bytes=").partition("-")
-            start, end = int(first), min(int(last or size) + 1, size)
+            last = wanted.rpartition("-")[2]
+            start, end = request.first_byte, min(int(last or size) + 1, size)
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
         code = 206 if wanted else 200
         if fault is not None and fault.kind == "short":
@@ -304,7 +317,7 @@ class _Handler(socketserver.StreamRequestHandler):
         stop = start + (end - start) // 2 if kind in ("truncated", "reset") else end
         offset = start
         while offset < stop:
-            sent = os.sendfile(self.connection.fileno(), opened.fileno(), offset, stop - offset)
+            sent = self._send_file(opened, offset, stop - offset)
             self._account(request.path, sent)
             offset += sent
         if kind == "reset":
@@ -313,6 +326,11 @@ class _Handler(socketserver.StreamRequestHandler):
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         return stop == end
+
+    def _send_file(self, opened: FileIO, offset: int, count: int) -> int:
+        if isinstance(self.connection, ssl.SSLSocket):
+            return self.connection.sendfile(opened, offset, count)
+        return os.sendfile(self.connection.fileno(), opened.fileno(), offset, count)
 
     def _account(self, path: str, sent: int) -> None:
         with self.s3.lock:
@@ -347,6 +365,14 @@ class _TCPServer(socketserver.ThreadingTCPServer):
     request_queue_size = 256
     s3: Server
 
+    def get_request(self) -> tuple[socket.socket, object]:
+        connection, address = super().get_request()
+        if self.s3.tls is not None:  # the handshake is left to the handler's thread
+            connection = self.s3.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: a client that was killed is what many tests are about."""
 
@@ -360,10 +386,11 @@ def crc64_headers(data: bytes) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(root: Path, port: int = 0) -> Iterator[Server]:
+def serving(root: Path, port: int = 0, tls: ssl.SSLContext | None = None) -> Iterator[Server]:
     """Serve the buckets below ``root`` until the block ends."""
     with _TCPServer(("127.0.0.1", port), _Handler) as tcp:
-        tcp.s3 = Server(root, f"http://127.0.0.1:{tcp.server_address[1]}")
+        url = f"{'https' if tls else 'http'}://127.0.0.1:{tcp.server_address[1]}"
+        tcp.s3 = Server(root, url, tls=tls)
         thread = threading.Thread(target=tcp.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:

@@ -564,13 +564,18 @@ class TestOtherStores:
         assert "SECRET" not in caplog.text
 
 
+def break_off(server: s3.Server) -> None:
+    server.faults = [s3.Fault("denied", WEIGHTS, start=2 * RANGE)]
+    with pytest.raises(DownloadError):
+        download()
+    server.faults = []
+
+
 class TestResume:
     def test_only_what_is_missing_is_fetched_after_a_failure(
         self, server: s3.Server, weights: Path
     ) -> None:
-        server.faults = [s3.Fault("denied", WEIGHTS, times=1)]
-        with pytest.raises(DownloadError):
-            download()
+        break_off(server)
         missing = missing_bytes(server)
         server.forget()
         assert_complete(server, download())
@@ -579,9 +584,7 @@ class TestResume:
     def test_a_journal_without_its_file_does_not_count(
         self, server: s3.Server, weights: Path, model: Path
     ) -> None:
-        server.faults = [s3.Fault("denied", WEIGHTS, times=1)]
-        with pytest.raises(DownloadError):
-            download()
+        break_off(server)
         for partial in model.glob(".rayserve_hooks/partial/*.partial"):
             partial.unlink()
         assert_complete(server, download())
@@ -590,9 +593,7 @@ class TestResume:
         self, server: s3.Server, weights: Path, model: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         logging.getLogger("ray.serve").propagate = True
-        server.faults = [s3.Fault("denied", WEIGHTS, times=1)]
-        with pytest.raises(DownloadError):
-            download()
+        break_off(server)
         (partial,) = model.glob(".rayserve_hooks/partial/*.partial")
         size = weights.stat().st_size
         spans = [(start, min(start + RANGE, size)) for start in range(0, size, RANGE)]
@@ -608,9 +609,7 @@ class TestResume:
     def test_partial_files_of_older_versions_are_removed(
         self, server: s3.Server, weights: Path, model: Path
     ) -> None:
-        server.faults = [s3.Fault("denied", WEIGHTS, times=1)]
-        with pytest.raises(DownloadError):
-            download()
+        break_off(server)
         partial = model / ".rayserve_hooks" / "partial"
         old = {path.name for path in partial.iterdir()}
         (partial / "not-ours.partial").touch()
