@@ -82,7 +82,7 @@ def ours_by_obstore(case: str, target: Path) -> Callable[[], object]:
     """Ours, without the direct reads of large files."""
     from rayserve_hooks.direct import DirectReader
 
-    nothing: Callable[..., Iterator[memoryview]] = lambda *_: iter(())  # noqa: E731
+    nothing: Callable[..., Iterator[memoryview]] = lambda *_: iter(())
     DirectReader.read = nothing  # type: ignore[method-assign]
     return ours(case, target)
 

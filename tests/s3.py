@@ -226,10 +226,10 @@ class _Handler(socketserver.StreamRequestHandler):
         last = first + len(page)
         more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < len(keys) else ""
         contents = "".join(
-            f"<Contents><Key>{escape(key)}</Key><Size>{(folder / key).stat().st_size}</Size>"
+            f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>&quot;{self.s3.etag(folder / key)}&quot;</ETag></Contents>"
-            for key in page
+            f"<ETag>&quot;{etag}&quot;</ETag></Contents>"
+            for key, size, etag in self._described(folder, page)
         )
         truncated = f"<IsTruncated>{str(bool(more)).lower()}</IsTruncated>"
         truncated += f"<KeyCount>{len(page)}</KeyCount>"
@@ -238,12 +238,15 @@ class _Handler(socketserver.StreamRequestHandler):
 
     @staticmethod
     def _keys(folder: Path, prefix: str) -> list[str]:
-        keys = (
-            f"{os.path.relpath(parent, folder)}/{name}".removeprefix("./")
-            for parent, _, names in os.walk(folder)
-            for name in names
-        )
-        return sorted(key for key in keys if key.startswith(prefix))
+        above = len(f"{folder}/")
+        files = (f"{parent}/{name}" for parent, _, names in os.walk(folder) for name in names)
+        return sorted(key for file in files if (key := file[above:]).startswith(prefix))
+
+    def _described(self, folder: Path, keys: list[str]) -> Iterator[tuple[str, int, str]]:
+        for key in keys:
+            file = f"{folder}/{key}"
+            status = os.stat(file)
+            yield key, status.st_size, self.s3.etag_of(file, status)
 
     def _list_azure(self, container: str, prefix: str, query: dict[str, list[str]]) -> bool:
         folder = self.s3.root / container
@@ -252,10 +255,9 @@ class _Handler(socketserver.StreamRequestHandler):
         last = first + self.s3.page_size
         blobs = "".join(
             f"<Blob><Name>{escape(key)}</Name><Properties><Last-Modified>{MODIFIED}</Last-Modified>"
-            f"<Etag>{self.s3.etag(folder / key)}</Etag><Content-Length>"
-            f"{(folder / key).stat().st_size}</Content-Length>"
+            f"<Etag>{etag}</Etag><Content-Length>{size}</Content-Length>"
             "<Content-Type>application/octet-stream</Content-Type></Properties></Blob>"
-            for key in keys[first:last]
+            for key, size, etag in self._described(folder, keys[first:last])
         )
         marker = f"<NextMarker>{last if last < len(keys) else ''}</NextMarker>"
         text = f"<EnumerationResults><Blobs>{blobs}</Blobs>{marker}</EnumerationResults>"
