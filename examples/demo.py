@@ -16,7 +16,6 @@ from typing import Any
 
 import processes
 import requests
-from s3_server import s3_server
 from tiny_model import make_tiny_model
 
 CACHE = Path(__file__).parent.parent / ".cache"
@@ -36,7 +35,7 @@ def main() -> int:
             model = make_tiny_model(CACHE / "tiny-llama")
         with step("copying it to a bucket on loopback"):
             shutil.copytree(model, work / "buckets" / "models" / "tiny")
-            store = stack.enter_context(s3_server(work / "buckets"))
+            store_url = stack.enter_context(serving(work / "buckets"))
         with step("starting Ray"):
             url, metrics_url = start_ray(stack)
         with step("importing Ray Serve LLM"):
@@ -44,7 +43,7 @@ def main() -> int:
             from rayserve_hooks import LLMConfig
         checks: list[tuple[str, Callable[[], str]]] = []
 
-        stacked = stacked_config(LLMConfig, work, store.url)
+        stacked = stacked_config(LLMConfig, work, store_url)
         print_order(stacked)
         with step("serving the model with the callbacks stacked"):
             serve_app(stacked)
@@ -67,6 +66,16 @@ def main() -> int:
         )
     print("\nfailed" if failures else "\nall checks passed; no process is left")
     return 1 if failures else 0
+
+
+@contextlib.contextmanager
+def serving(buckets: Path) -> Iterator[str]:
+    """Serve a folder as S3 does, by the server of the tests; give its address."""
+    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    import s3
+
+    with s3.serving(buckets) as server:
+        yield server.url
 
 
 def stacked_config(llm_config: Any, work: Path, store_url: str) -> Any:

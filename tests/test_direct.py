@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
-import logging
 import random
 import ssl
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import s3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from plugins_for_tests import hook_log
 
 from rayserve_hooks import direct
 from rayserve_hooks.context import NodeModelDownloadable
@@ -99,10 +99,9 @@ def test_what_is_refused_is_left_to_obstore(
     server: s3.Server,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    logging.getLogger("ray.serve").propagate = True
-    caplog.set_level(logging.DEBUG, "ray.serve")
     server.faults = [s3.Fault(kind, times=1)]
-    assert read(reader, file) == b""
+    with hook_log(caplog):
+        assert read(reader, file) == b""
     status = {"denied": "403", "missing": "404", "busy": "503"}[kind]
     text = (
         "s3://bucket/model: obstore is asked for (100000, 300000) of we ights: ConnectionError: "
@@ -223,15 +222,13 @@ def test_a_download_over_tls(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    logging.getLogger("ray.serve").propagate = True
-    caplog.set_level(logging.DEBUG, "ray.serve")
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
     if not trusted:  # by Python, that is: obstore has its own way to find certificates
         nothing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         monkeypatch.setattr(ssl, "create_default_context", lambda: nothing)
-    with s3.serving(root, tls=tls) as server:
+    with s3.serving(root, tls=tls) as server, hook_log(caplog):
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         everything = NodeModelDownloadable.MODEL_AND_TOKENIZER
         path = download_node("org/tiny", Mirror("s3://anonymous@bucket/model"), everything)

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import hub
 import pytest
 import s3
 from plugins_for_tests import hook_log, run_script
@@ -484,68 +484,84 @@ class TestOnS3:
         assert server.count("HEAD") == len(FILES)
 
 
-HUB_FILES = [*FILES, "hash"]
+class TestHub:
+    """In processes of their own: huggingface_hub reads its variables when it is imported."""
 
+    @pytest.fixture
+    def server(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub.Hub]:
+        write(tmp_path / "hub" / MODEL, FILES)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HF_TOKEN", "SECRET")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        with hub.serving(tmp_path / "hub") as running:
+            monkeypatch.setenv("HF_ENDPOINT", running.url)
+            yield running
 
-@pytest.mark.parametrize("mode", [mode for mode in NodeModelDownloadable if mode.name != "NONE"])
-def test_the_hub_gives_the_same_files(
-    mode: NodeModelDownloadable, cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub.utils._paths import filter_repo_objects
+    @staticmethod
+    def fetch(model: str = MODEL, mode: NodeModelDownloadable = ALL) -> str:
+        """Give the path of the snapshot, or the text of the error."""
+        return run_script(f"""
+            from rayserve_hooks.context import NodeModelDownloadable
+            from rayserve_hooks.download import download_node
+            from rayserve_hooks.errors import DownloadError
+            try:
+                mode = NodeModelDownloadable.{mode.name}
+                print(download_node("{model}", None, mode, from_hub=True))
+            except DownloadError as error:
+                print(error)
+        """)
 
-    names: list[str] = []
-
-    def snapshot_download(model_id: str, **patterns: Any) -> str:
-        assert model_id == MODEL
-        names.extend(filter_repo_objects(FILES, **patterns))
-        return "the snapshot"
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert download_node(MODEL, None, mode, from_hub=True) == "the snapshot"
-    assert set(names) == set(files_in(download(source, mode)))
-
-
-def test_the_hub_is_left_to_the_engine_unless_asked_for(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked"))
-    assert download_node(MODEL, None, ALL) is None
-    assert download_node(MODEL, None, NodeModelDownloadable.NONE, from_hub=True) is None
-    assert download_node(str(tmp_path), None, ALL, from_hub=True) is None
-
-
-def test_an_error_of_the_hub_is_ours(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def snapshot_download(model_id: str, **patterns: Any) -> str:
-        raise OSError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    text = (
-        "cannot fetch 'org/tiny' from the Hugging Face Hub: OSError: no network; check the id, "
-        "HF_ENDPOINT and the network"
+    @pytest.mark.parametrize(
+        "mode", [mode for mode in NodeModelDownloadable if mode.name != "NONE"]
     )
-    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-        download_node(MODEL, None, ALL, from_hub=True)
+    def test_a_mode_selects_the_files_that_it_does_in_a_mirror(
+        self, mode: NodeModelDownloadable, server: hub.Hub, source: Path, cache: Path
+    ) -> None:
+        snapshot = Path(self.fetch(mode=mode))
+        assert snapshot.parts[-3:] == ("models--org--tiny", "snapshots", hub.COMMIT)
+        assert files_in(snapshot) == files_in(download(source, mode))
 
+    def test_what_is_there_is_not_fetched_again(self, server: hub.Hub) -> None:
+        snapshot = self.fetch()
+        server.requests.clear()
+        assert self.fetch() == snapshot
+        assert server.requests
+        assert not [request for request in server.requests if "/resolve/" in request]
 
-def test_an_answer_of_the_hub_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.errors import RepositoryNotFoundError
+    def test_it_is_left_to_the_engine_unless_asked_for(
+        self, server: hub.Hub, tmp_path: Path
+    ) -> None:
+        assert download_node(MODEL, None, ALL) is None
+        assert self.fetch(mode=NodeModelDownloadable.NONE) == "None"
+        assert self.fetch(str(tmp_path)) == "None"
+        assert server.requests == []
 
-    def snapshot_download(model_id: str, **patterns: Any) -> str:
-        raise RepositoryNotFoundError(
-            "401 Client Error for https://x?token=SECRET",
-            response=mock.Mock(headers={}),
-            server_message="Invalid username or password.",
+    def test_what_it_answers_is_told(self, server: hub.Hub) -> None:
+        check = "check the id, HF_TOKEN and whether the token may read the model"
+        assert self.fetch("org/other") == (
+            f"cannot fetch 'org/other' from the Hugging Face Hub: Repository not found; {check}"
+        )
+        server.token = "another"
+        assert self.fetch() == (
+            f"cannot fetch 'org/tiny' from the Hugging Face Hub: Invalid username or password; "
+            f"{check}"
         )
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    text = (
-        "cannot fetch 'org/tiny' from the Hugging Face Hub: Invalid username or password; check "
-        "the id, HF_TOKEN and whether the token may read the model"
-    )
-    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-        download_node(MODEL, None, ALL, from_hub=True)
+    def test_the_token_is_sent(self, server: hub.Hub) -> None:
+        server.token = "SECRET"
+        assert files_in(Path(self.fetch())) == FILES
+
+    def test_a_hub_that_cannot_be_reached(
+        self, server: hub.Hub, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pattern = (
+            r"cannot fetch 'org/tiny' from the Hugging Face Hub: .*LocalEntryNotFoundError: .*; "
+            "check the id, HF_ENDPOINT and the network"
+        )
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+        assert re.fullmatch(pattern, self.fetch(), re.DOTALL)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        assert re.fullmatch(pattern, self.fetch(), re.DOTALL)
 
 
 def test_importing_it_is_light() -> None:

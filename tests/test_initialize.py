@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from s3_server import S3Server, s3_server
+import s3
+from plugins_for_tests import hook_log
 
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, Handled, HookError
@@ -39,7 +40,7 @@ def config(*callbacks: Any, **fields: Any) -> LLMConfig:
     return rayserve_hooks.LLMConfig(model_id=model_id, callbacks=callbacks, **fields)
 
 
-def mirrored(store: S3Server, *callbacks: Any) -> LLMConfig:
+def mirrored(store: s3.Server, *callbacks: Any) -> LLMConfig:
     source = "s3://anonymous@models/tiny"
     return config(
         *callbacks,
@@ -64,12 +65,24 @@ def _cluster(ray_cluster: Any) -> None:
 
 
 @pytest.fixture
-def store(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def store(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Server]:
     shutil.copytree(tiny_model, tmp_path / "models" / "tiny")
-    with s3_server(tmp_path) as server:
+    with s3.serving(tmp_path) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "head_cache"))
         yield server
+
+
+@pytest.fixture
+def busy_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """Give the log, which tells ten times a second what is still running."""
+    # By its name: the package has a function of the same.
+    module = importlib.import_module("rayserve_hooks.initialize")
+    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.1)
+    with hook_log(caplog):
+        yield caplog
 
 
 def test_the_whole_path_runs_in_order_on_two_nodes(ray_cluster: Any) -> None:
@@ -138,7 +151,7 @@ def test_a_node_task_is_named_after_deployment_and_node(ray_cluster: Any) -> Non
         time.sleep(0.2)
 
 
-def test_download_modes_count_per_node(ray_cluster: Any, store: S3Server) -> None:
+def test_download_modes_count_per_node(ray_cluster: Any, store: s3.Server) -> None:
     ctx = initialize(mirrored(store, SPREAD, policy("EXCLUDE_SAFETENSORS", "NONE")))
     local = files_of(ctx.nodes[ray_cluster.head_id].model_path)
     assert "config.json" in local
@@ -155,7 +168,7 @@ def policy(local: str, workers: str) -> dict[str, Any]:
     return {"callback": "download_policy", "kwargs": {"local": local, "workers": workers}}
 
 
-def test_a_mode_set_in_the_per_node_hook_counts(ray_cluster: Any, store: S3Server) -> None:
+def test_a_mode_set_in_the_per_node_hook_counts(ray_cluster: Any, store: s3.Server) -> None:
     shutil.rmtree(ray_cluster.other_cache / "hub", ignore_errors=True)
     nodes = {ray_cluster.head_id: "NONE", ray_cluster.other_id: "TOKENIZER_ONLY"}
     ctx = initialize(
@@ -166,7 +179,7 @@ def test_a_mode_set_in_the_per_node_hook_counts(ray_cluster: Any, store: S3Serve
     assert "model.safetensors" not in files_in(ray_cluster.other_cache)
 
 
-def test_a_failed_download_names_node_and_phase(store: S3Server, tmp_path: Path) -> None:
+def test_a_failed_download_names_node_and_phase(store: s3.Server, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "models")
     with pytest.raises(
         HookError,
@@ -393,12 +406,8 @@ def test_a_group_supplied_by_a_callback_is_the_only_one() -> None:
 
 
 def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
-    ray_cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: Any, busy_log: pytest.LogCaptureFixture
 ) -> None:
-    initialize_module = importlib.import_module("rayserve_hooks.initialize")
-    monkeypatch.setattr(initialize_module, "_LOG_EVERY_S", 0.2)
-    logging.getLogger("ray.serve").propagate = True
-    caplog.set_level(logging.INFO, "ray.serve")
     pending = group_states().count("PENDING")
     llm_config = config(
         placement_group_config={"bundles": [{"CPU": 1, "GPU": 99}]}, time_limits={"total": 1}
@@ -414,10 +423,10 @@ def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
     assert re.search(
         rf"waiting for placement group {group}, bundles \[{{'CPU': 1.0, 'GPU': 99.0}}\]; 'ray "
         "status' shows what is free",
-        caplog.text,
+        busy_log.text,
     )
     assert re.search(
-        rf"removed placement group {group}, which this initialization had made", caplog.text
+        rf"removed placement group {group}, which this initialization had made", busy_log.text
     )
     assert group_states().count("PENDING") == pending
 
@@ -457,14 +466,10 @@ def test_a_variable_that_the_system_refuses_names_who_set_it() -> None:
 
 
 def test_a_log_line_says_what_is_still_running(
-    ray_cluster: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: Any, busy_log: pytest.LogCaptureFixture
 ) -> None:
     import lifecycle_callbacks
 
-    initialize_module = importlib.import_module("rayserve_hooks.initialize")
-    monkeypatch.setattr(initialize_module, "_LOG_EVERY_S", 0.1)
-    logging.getLogger("ray.serve").propagate = True
-    caplog.set_level(logging.INFO, "ray.serve")
     pattern = (
         rf"initialization of running after \d+ s: before init on node {ray_cluster.head_id} "
         r"\(.*\), callback 'Block' for \d+ s"
@@ -475,14 +480,14 @@ def test_a_log_line_says_what_is_still_running(
         task = asyncio.create_task(
             rayserve_hooks.initialize_node(config("lifecycle_callbacks:Block", model_id="running"))
         )
-        while not re.search(pattern, caplog.text) and not task.done():  # noqa: ASYNC110 - a log
+        while not re.search(pattern, busy_log.text) and not task.done():  # noqa: ASYNC110 - a log
             await asyncio.sleep(0.05)
         lifecycle_callbacks.RELEASE.set()
         await task
 
     asyncio.run(main())
-    assert re.search(pattern, caplog.text), caplog.text
-    assert re.search(r"initialized running in .* s: 1 node\(s\), callbacks Block", caplog.text)
+    assert re.search(pattern, busy_log.text), busy_log.text
+    assert re.search(r"initialized running in .* s: 1 node\(s\), callbacks Block", busy_log.text)
 
 
 def test_replacing_the_group_this_process_runs_in_is_logged(ray_cluster: Any) -> None:

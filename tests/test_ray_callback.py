@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import s3_server
+import s3
 
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, Handled, HookError, NodeModelDownloadable
@@ -95,7 +95,7 @@ def test_rays_own_downloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "bucket" / "extra").mkdir(parents=True)
     (tmp_path / "bucket" / "extra" / "a.txt").write_text("hello")
     paths = [("s3://anonymous@bucket/extra", str(tmp_path / "target"))]
-    with s3_server(tmp_path) as server:
+    with s3.serving(tmp_path) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         initialize({"callback": DOWNLOADER, "kwargs": {"paths": paths}})
