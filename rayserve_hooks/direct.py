@@ -90,10 +90,10 @@ class DirectReader:
             given = answer.headers["Content-Range"]
             if answer.status != 206 or given != f"bytes {start}-{end - 1}/{file.size}":
                 raise ConnectionError(f"the answer is {answer.status} {answer.reason}, {given}")
+            self._worked = True
             while start < end and (count := answer.readinto(buffer[: end - start])):
                 yield buffer[:count]
                 start += count
-            self._worked = True
         finally:
             # The connection of a body that has not ended cannot be used again.
             if start == end and answer.isclosed():
@@ -121,9 +121,7 @@ class DirectReader:
         return connection, memoryview(bytearray(_BUFFER_BYTES))
 
     def _tls(self) -> ssl.SSLContext:
-        import ssl
-
         with self._lock:  # all certificates are read: once, not in each thread
             if self._context is None:
-                self._context = ssl.create_default_context()
+                self._context = self._source.tls_context()
             return self._context

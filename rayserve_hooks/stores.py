@@ -10,12 +10,15 @@ import os
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlsplit
 
 from rayserve_hooks.errors import DownloadError, describe
 
 if TYPE_CHECKING:
+    import ssl
+
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 STATE_FOLDER = ".rayserve_hooks"
@@ -102,6 +105,16 @@ class Source:
 
         store: Any = self.store
         return obstore.sign(store, method, path, _SIGNED_FOR)
+
+    def tls_context(self) -> ssl.SSLContext:
+        """Make what Python's own clients need to trust whom obstore trusts here."""
+        import ssl
+
+        context = ssl.create_default_context()
+        certificates = _s3_certificates() if self.scheme == "s3" else None
+        if certificates is not None:
+            context.load_verify_locations(cadata=certificates)
+        return context
 
     def list_files(self) -> dict[str, RemoteFile]:
         """List the objects below the URI.
@@ -195,14 +208,30 @@ def s3_endpoint() -> str | None:
 
 
 def _s3_options(*, anonymous: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {"region": region()}
-    endpoint = s3_endpoint()
-    if endpoint:
-        options["endpoint"] = endpoint
-        options["client_options"] = {**_CLIENT, "allow_http": endpoint.startswith("http://")}
+    endpoint, certificates = s3_endpoint(), _s3_certificates()
+    client: dict[str, Any] = dict(_CLIENT)
+    options: dict[str, Any] = {"region": region(), "endpoint": endpoint, "client_options": client}
+    if endpoint is not None:
+        client["allow_http"] = endpoint.startswith("http://")
+    if certificates is not None:
+        client["root_certificate"] = certificates
     if not anonymous and "AWS_ACCESS_KEY_ID" not in os.environ:
         options |= _boto3_credentials(options["region"])
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _s3_certificates() -> str | None:
+    """Read whom to trust besides the system's authorities, from the variables of boto3."""
+    for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        if file := os.environ.get(variable):
+            try:
+                return Path(file).read_text()
+            except OSError as error:
+                raise DownloadError(
+                    f"cannot read the certificates that {variable} names: {describe(error)}; "
+                    "put the file on every node, or unset the variable"
+                ) from error
+    return None
 
 
 def gcs_endpoint() -> str | None:
@@ -292,6 +321,8 @@ def failure(what: str, error: Exception, check: str | None = None) -> DownloadEr
         advice = "check the credentials and whether they may list and read there"
     elif isinstance(error, FileNotFoundError) or "404 Not Found" in text:
         advice = "check bucket, path and endpoint"
+    elif "InvalidCertificate" in text:
+        advice = "check that the system, SSL_CERT_FILE or AWS_CA_BUNDLE holds who signed it"
     else:
         advice = f"check {check or 'endpoint, region, credentials and the network'}"
     return DownloadError(f"{without_secrets(what)}: {text}; {advice}")
@@ -306,11 +337,26 @@ def _unsafe(uri: str, path: str) -> DownloadError:
 
 def message_of(error: Exception) -> str:
     """Keep the store's own message, without obstore's dump, request ids and key ids around it."""
-    text = describe(error).partition("\n\nDebug source")[0]
+    text, _, dump = describe(error).partition("\n\nDebug source")
     said = [re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message")]
     if any(said):
         text = text.partition("<")[0] + ": ".join(found[1] for found in said if found)
+    elif "HTTP error" in text and (reason := _REASON.search(dump)):
+        # There is no answer of the store, and why not is in the dump alone.
+        text = ": ".join(filter(None, [text, *reason.groups()]))
     return " ".join(without_secrets(text).split()).rstrip(".")
+
+
+_REASON = re.compile(
+    r"""
+    (?:message|error):\s"([^"]+)"  # the system's: refused, reset, no such host
+    | error:\s(\w+),              # of the body
+    | (Invalid\w+)\(\s*(\w+)      # of TLS
+    | source:\s(TimedOut)
+    | hyper::Error\(\s*(\w+)(?:,\s*\)|\(\s*(\w+))
+    """,
+    re.VERBOSE,
+)
 
 
 def without_secrets(text: str) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import datetime as dt
 import ipaddress
 import random
+import re
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from rayserve_hooks import direct
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.direct import DirectReader
 from rayserve_hooks.download import Mirror, download_node
+from rayserve_hooks.errors import DownloadError
 from rayserve_hooks.stores import RemoteFile, open_source
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -214,24 +216,73 @@ def certificate(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("trusted", [True, False])
-def test_a_download_over_tls(
-    trusted: bool,
-    root: Path,
+@pytest.fixture
+def tls_server(
+    root: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[s3.Server]:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    for variable in ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(variable, raising=False)
+    with s3.serving(root, tls=tls) as running:
+        running.etags, running.crc64 = "multipart", True
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
+
+
+def download() -> bytes:
+    everything = NodeModelDownloadable.MODEL_AND_TOKENIZER
+    path = download_node("org/tiny", Mirror("s3://anonymous@bucket/model"), everything)
+    assert path is not None
+    return Path(path, "we ights").read_bytes()
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"])
+def test_whom_to_trust(
+    variable: str,
+    tls_server: s3.Server,
     certificate: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setenv(variable, str(certificate))
+    with hook_log(caplog):
+        assert download() == CONTENT
+    assert "obstore is asked" not in caplog.text
+    assert "no checksum" not in caplog.text
+    assert tls_server.count("HEAD") == 1
+
+
+def test_whom_only_obstore_trusts(
+    tls_server: s3.Server,
+    certificate: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    nothing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    monkeypatch.setattr(ssl, "create_default_context", lambda: nothing)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate)
-    if not trusted:  # by Python, that is: obstore has its own way to find certificates
-        nothing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        monkeypatch.setattr(ssl, "create_default_context", lambda: nothing)
-    with s3.serving(root, tls=tls) as server, hook_log(caplog):
-        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-        everything = NodeModelDownloadable.MODEL_AND_TOKENIZER
-        path = download_node("org/tiny", Mirror("s3://anonymous@bucket/model"), everything)
-    assert path is not None
-    assert Path(path, "we ights").read_bytes() == CONTENT
-    assert ("CERTIFICATE_VERIFY_FAILED" in caplog.text) == (not trusted)
+    with hook_log(caplog):
+        assert download() == CONTENT
+    assert re.search(r"obstore is asked for .* CERTIFICATE_VERIFY_FAILED", caplog.text)
+
+
+def test_whom_nobody_trusts(tls_server: s3.Server) -> None:
+    pattern = (
+        "^cannot list s3://anonymous@bucket/model: .* error sending request: InvalidCertificate: "
+        "UnknownIssuer; check that the system, SSL_CERT_FILE or AWS_CA_BUNDLE holds who signed it$"
+    )
+    with pytest.raises(DownloadError, match=pattern):
+        download()
+
+
+def test_certificates_that_cannot_be_read(
+    tls_server: s3.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such.pem")
+    text = (
+        "cannot read the certificates that AWS_CA_BUNDLE names: FileNotFoundError: [Errno 2] No "
+        "such file or directory: '/no/such.pem'; put the file on every node, or unset the variable"
+    )
+    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+        download()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import json
 import logging
@@ -11,9 +12,11 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -191,11 +194,11 @@ def test_a_listing_of_many_pages(server: s3.Server, weights: Path) -> None:
             WEIGHTS,
             (
                 rf"cannot fetch '{WEIGHTS}' of {URI}: .*GenericError: Generic S3 error: HTTP error"
-                ": request or response body error; check endpoint, region, credentials and the "
-                "network"
+                ": request or response body error: IncompleteBody; check endpoint, region, "
+                "credentials and the network"
             ),
         ),
-        ("reset", WEIGHTS, rf"cannot fetch '{WEIGHTS}' of {URI}: .*body error; check .*"),
+        ("reset", WEIGHTS, rf"cannot fetch '{WEIGHTS}' of {URI}: .*body error: \w+; check .*"),
         (
             "corrupt",
             WEIGHTS,
@@ -259,9 +262,53 @@ def test_an_endpoint_where_nobody_listens(
     server: s3.Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    pattern = rf"^cannot list {URI}: .*; check endpoint, region, credentials and the network$"
+    pattern = (
+        rf"^cannot list {URI}: .* error sending request: Connection refused; check endpoint, "
+        "region, credentials and the network$"
+    )
     with pytest.raises(DownloadError, match=pattern):
         download()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "answer", "reason"),
+    [
+        ("http", b"", "IncompleteMessage"),
+        ("http", b"garbage\r\n\r\n", "Parse: Version"),
+        ("http", None, "TimedOut"),
+        ("https", b"HTTP/1.1 400 Bad Request\r\n\r\n", "InvalidMessage: InvalidContentType"),
+    ],
+)
+def test_why_there_is_no_answer(
+    scheme: str,
+    answer: bytes | None,
+    reason: str,
+    server: s3.Server,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # closed below
+            while answer is not None:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    url = f"{scheme}://127.0.0.1:{listening.getsockname()[1]}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setattr(stores, "_CLIENT", {"timeout": "200ms"})
+    try:
+        pattern = rf"^cannot list {URI}: .* error sending request: {reason}; check endpoint, .*$"
+        with pytest.raises(DownloadError, match=pattern):
+            download()
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join()
 
 
 def test_a_stream_ends_in_mid_file_once_another_has_failed(server: s3.Server) -> None:
