@@ -79,13 +79,13 @@ class DirectReader:
     def _read(self, file: RemoteFile, span: Span) -> Iterator[memoryview]:
         start, end = span
         url = self._source.readable_url_of(file.path)
-        target = urlsplit(url)
+        target = urlsplit(url)._replace(scheme="", netloc="").geturl()
         headers = {"Range": f"bytes={start}-{end - 1}"}
         if file.etag is not None:
             headers["If-Match"] = file.etag
         connection, buffer = self._connection(url)
         try:
-            connection.request("GET", f"{target.path}?{target.query}", headers=headers)
+            connection.request("GET", target, headers=headers)
             answer = connection.getresponse()
             given = answer.headers["Content-Range"]
             if answer.status != 206 or given != f"bytes {start}-{end - 1}/{file.size}":

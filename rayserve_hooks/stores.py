@@ -208,12 +208,12 @@ def s3_endpoint() -> str | None:
 
 
 def _s3_options(*, anonymous: bool) -> dict[str, Any]:
-    endpoint, certificates = s3_endpoint(), _s3_certificates()
+    endpoint = s3_endpoint()
     client: dict[str, Any] = dict(_CLIENT)
     options: dict[str, Any] = {"region": region(), "endpoint": endpoint, "client_options": client}
-    if endpoint is not None:
-        client["allow_http"] = endpoint.startswith("http://")
-    if certificates is not None:
+    if endpoint is not None and endpoint.startswith("http://"):
+        client["allow_http"] = True
+    elif (certificates := _s3_certificates()) is not None:
         client["root_certificate"] = certificates
     if not anonymous and "AWS_ACCESS_KEY_ID" not in os.environ:
         options |= _boto3_credentials(options["region"])
@@ -322,7 +322,10 @@ def failure(what: str, error: Exception, check: str | None = None) -> DownloadEr
     elif isinstance(error, FileNotFoundError) or "404 Not Found" in text:
         advice = "check bucket, path and endpoint"
     elif "InvalidCertificate" in text:
-        advice = "check that the system, SSL_CERT_FILE or AWS_CA_BUNDLE holds who signed it"
+        advice = (
+            "check the server's certificate, and that who signed it is among the system's, in "
+            "SSL_CERT_FILE or, for S3, in AWS_CA_BUNDLE"
+        )
     else:
         advice = f"check {check or 'endpoint, region, credentials and the network'}"
     return DownloadError(f"{without_secrets(what)}: {text}; {advice}")

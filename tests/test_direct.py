@@ -270,7 +270,8 @@ def test_whom_only_obstore_trusts(
 def test_whom_nobody_trusts(tls_server: s3.Server) -> None:
     pattern = (
         "^cannot list s3://anonymous@bucket/model: .* error sending request: InvalidCertificate: "
-        "UnknownIssuer; check that the system, SSL_CERT_FILE or AWS_CA_BUNDLE holds who signed it$"
+        "UnknownIssuer; check the server's certificate, and that who signed it is among the "
+        "system's, in SSL_CERT_FILE or, for S3, in AWS_CA_BUNDLE$"
     )
     with pytest.raises(DownloadError, match=pattern):
         download()
@@ -286,3 +287,11 @@ def test_certificates_that_cannot_be_read(
     )
     with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
         download()
+
+
+def test_without_tls_no_certificates_are_read(
+    reader: DirectReader, file: RemoteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such.pem")
+    assert open_source("s3://bucket/model").list_files()
+    assert read(reader, file) == WANTED
