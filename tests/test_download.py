@@ -4,21 +4,17 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hub
 import pytest
 import s3
 from plugins_for_tests import hook_log, run_script
 
-from rayserve_hooks import stores
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
-from rayserve_hooks.stores import open_source
 
 MODEL = "org/tiny"
 FILES = {
@@ -585,125 +581,3 @@ def test_a_download_imports_no_ray(source: Path, tmp_path: Path) -> None:
     """
     assert run_script(script).strip() == "False"
     assert (tmp_path / "home" / "hub" / "models--org--tiny" / "refs" / "main").exists()
-
-
-class TestUris:
-    @pytest.fixture(autouse=True)
-    def _no_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in list(os.environ):
-            if name.startswith(("AWS_", "AZURE_", "GOOGLE_")):
-                monkeypatch.delenv(name)
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-
-    @pytest.mark.parametrize(
-        "uri",
-        [
-            "azure://models@account.blob.core.windows.net/tiny/v1",
-            "azure://models@account.dfs.core.windows.net/tiny/v1/",
-            "abfss://models@account.dfs.core.windows.net/tiny/v1",
-            "pyarrow-abfss://models@account.dfs.core.windows.net/tiny/v1",
-        ],
-    )
-    def test_azure(self, uri: str) -> None:
-        store: Any = open_source(uri).store
-        assert store.prefix == "tiny/v1"
-        assert store.config["container_name"] == "models"
-        assert store.config["account_name"] == "account"
-
-    @pytest.mark.parametrize(
-        ("uri", "form"),
-        [
-            ("azure://models/tiny", "azure://container@account.blob.core.windows.net/path"),
-            ("azure://@account.blob.core.windows.net/x", "azure://container@account.blob."),
-            ("abfss://models@account.blob.core.windows.net/x", "abfss://container@account.dfs."),
-            ("abfss://models@.dfs.core.windows.net/x", "abfss://container@account.dfs."),
-        ],
-    )
-    def test_a_wrong_azure_uri(self, uri: str, form: str) -> None:
-        text = f"{uri} names no Azure container; write {form}"
-        with pytest.raises(DownloadError, match=f"^{re.escape(text)}"):
-            open_source(uri)
-
-    @pytest.mark.parametrize("uri", ["gs://anonymous@bucket/tiny", "pyarrow-gs://bucket/tiny"])
-    def test_gcs(self, uri: str) -> None:
-        store: Any = open_source(uri).store
-        assert (store.config["bucket"], store.prefix) == ("bucket", "tiny")
-        assert store.config.get("skip_signature", "false") == str("anonymous" in uri).lower()
-
-    def test_s3_settings_of_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-one")
-        assert self.config()["region"] == "eu-one"
-        monkeypatch.setenv("AWS_REGION", "eu-two")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://one")
-        assert (self.config()["region"], self.config()["endpoint"]) == ("eu-two", "http://one")
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://two")
-        assert self.config()["endpoint"] == "http://two"
-
-    @staticmethod
-    def config(uri: str = "s3://bucket/tiny") -> dict[str, Any]:
-        store: Any = open_source(uri).store
-        return dict(store.config)
-
-    def test_a_profile_of_boto3(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write(
-            tmp_path,
-            {
-                "config": "[profile other]\nregion = eu-three\n",
-                "credentials": "[other]\naws_access_key_id = k\naws_secret_access_key = s\n",
-            },
-        )
-        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-        monkeypatch.setenv("AWS_PROFILE", "other")
-        source: Any = open_source("s3://bucket/tiny")
-        assert source.store.config["region"] == "eu-three"
-        assert source.store.credential_provider()["access_key_id"] == "k"
-        monkeypatch.setenv("AWS_REGION", "eu-two")
-        assert self.config()["region"] == "eu-two"
-
-    def test_no_credentials_at_all(self) -> None:
-        text = (
-            "boto3 finds no AWS credentials; set AWS_ACCESS_KEY_ID or AWS_PROFILE, or write "
-            "s3://anonymous@bucket for a public bucket"
-        )
-        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-            open_source("s3://bucket/tiny")
-        assert self.config("s3://anonymous@bucket/tiny")["skip_signature"] == "true"
-
-    def test_a_profile_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("AWS_PROFILE", "absent")
-        pattern = r"^cannot open s3://bucket/tiny: .*absent.*; check the URI and the credentials$"
-        with pytest.raises(DownloadError, match=pattern):
-            open_source("s3://bucket/tiny")
-
-    def test_without_boto3_the_chain_is_that_of_obstore(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setitem(sys.modules, "boto3", None)
-        assert self.config()["bucket"] == "bucket"
-
-    def test_without_obstore(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "obstore.store", None)
-        text = (
-            "downloading s3://bucket/tiny needs the package 'obstore'; install "
-            "'rayserve_hooks[download]' on every node"
-        )
-        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-            open_source("s3://bucket/tiny")
-
-    def test_the_default_credentials_of_azure(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls: list[str] = []
-
-        def identity() -> dict[str, Any]:
-            calls.append("asked")
-            return {}
-
-        monkeypatch.setattr(stores, "_azure_identity", identity)
-        open_source("azure://models@account.blob.core.windows.net/tiny")
-        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
-        open_source("azure://models@account.blob.core.windows.net/tiny")
-        assert calls == ["asked"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import errno
 import json
 import logging
@@ -12,11 +11,9 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import types
 from collections.abc import Iterator
@@ -258,59 +255,6 @@ def test_a_small_file_that_arrives_damaged_is_fetched_again(
     assert server.count(f"GET bucket/model/{WEIGHTS}") == 6
 
 
-def test_an_endpoint_where_nobody_listens(
-    server: s3.Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    pattern = (
-        rf"^cannot list {URI}: .* error sending request: Connection refused; check endpoint, "
-        "region, credentials and the network$"
-    )
-    with pytest.raises(DownloadError, match=pattern):
-        download()
-
-
-@pytest.mark.parametrize(
-    ("scheme", "answer", "reason"),
-    [
-        ("http", b"", "IncompleteMessage"),
-        ("http", b"garbage\r\n\r\n", "Parse: Version"),
-        ("http", None, "TimedOut"),
-        ("https", b"HTTP/1.1 400 Bad Request\r\n\r\n", "InvalidMessage: InvalidContentType"),
-    ],
-)
-def test_why_there_is_no_answer(
-    scheme: str,
-    answer: bytes | None,
-    reason: str,
-    server: s3.Server,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):  # closed below
-            while answer is not None:
-                connection, _ = listening.accept()
-                with connection:
-                    connection.recv(65536)
-                    connection.sendall(answer)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    url = f"{scheme}://127.0.0.1:{listening.getsockname()[1]}"
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setattr(stores, "_CLIENT", {"timeout": "200ms"})
-    try:
-        pattern = rf"^cannot list {URI}: .* error sending request: {reason}; check endpoint, .*$"
-        with pytest.raises(DownloadError, match=pattern):
-            download()
-    finally:
-        listening.shutdown(socket.SHUT_RDWR)
-        listening.close()
-        thread.join()
-
-
 def test_a_stream_ends_in_mid_file_once_another_has_failed(server: s3.Server) -> None:
     source = stores.open_source(URI)
     (weights,) = [file for path, file in source.list_files().items() if path == WEIGHTS]
@@ -348,27 +292,6 @@ def test_a_file_is_never_mixed_from_two_versions(
     with pytest.raises(DownloadError, match=pattern):
         download()
     assert_absent(model)
-
-
-def test_an_object_whose_path_leaves_the_folder() -> None:
-    class Store:
-        def list(self, chunk_size: int) -> list[list[dict[str, Any]]]:
-            return [[{"path": path, "size": 1, "e_tag": "x"}]]
-
-    for path in ("../evil", "a/../../evil", "/etc/evil"):
-        text = f"{URI} holds an object {path!r}, which would leave the folder it goes to; rename it"
-        source = stores.Source(URI, Store())  # type: ignore[arg-type]
-        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-            source.list_files()
-
-
-def test_a_message_keeps_no_secrets() -> None:
-    error = RuntimeError(
-        "GET https://user:pass@host/x?sig=SECRET&se=1 failed: <Error><Code>Bad</Code><Message>no"
-        "</Message><StringToSign>SECRET</StringToSign></Error>\n\nDebug source:\nSECRET"
-    )
-    text = "cannot open s3://b: RuntimeError: GET https://host/x failed: Bad: no; check this"
-    assert str(stores.failure("cannot open s3://b?sig=SECRET", error, "this")) == text
 
 
 class TestVerification:
