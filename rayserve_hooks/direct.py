@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -25,7 +24,6 @@ from rayserve_hooks.trace import LOGGER_NAME
 
 if TYPE_CHECKING:
     import http.client
-    import ssl
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -46,8 +44,6 @@ class DirectReader:
         self._source = source
         self._usable, self._worked = source.scheme == "s3", False
         self._idle: deque[tuple[http.client.HTTPConnection, memoryview]] = deque()
-        self._context: ssl.SSLContext | None = None
-        self._lock = threading.Lock()
 
     def read(self, file: RemoteFile, span: Span) -> Iterator[memoryview]:
         """Read a range in order, as far as that goes.
@@ -114,14 +110,9 @@ class DirectReader:
             raise ConnectionError("a proxy is set")
         connection: http.client.HTTPConnection
         if at.scheme == "https":
-            tls = self._tls()
-            connection = http.client.HTTPSConnection(host, at.port, timeout=_TIMEOUT_S, context=tls)
+            connection = http.client.HTTPSConnection(
+                host, at.port, timeout=_TIMEOUT_S, context=self._source.tls
+            )
         else:
             connection = http.client.HTTPConnection(host, at.port, timeout=_TIMEOUT_S)
         return connection, memoryview(bytearray(_BUFFER_BYTES))
-
-    def _tls(self) -> ssl.SSLContext:
-        with self._lock:  # all certificates are read: once, not in each thread
-            if self._context is None:
-                self._context = self._source.tls_context()
-            return self._context

@@ -26,7 +26,6 @@ from rayserve_hooks.stores import (
 from rayserve_hooks.trace import LOGGER_NAME
 
 if TYPE_CHECKING:
-    import ssl
     import urllib.request
 
 logger = logging.getLogger(LOGGER_NAME)
@@ -90,7 +89,7 @@ class Heads:
         if request is None:
             return None
         try:
-            tls = self._tls if request.type == "https" else None
+            tls = self.source.tls if request.type == "https" else None
             # The endpoint is the operator's own setting, and https by default.
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=tls) as answer:  # noqa: S310
                 headers = answer.headers
@@ -148,10 +147,6 @@ class Heads:
             S3SigV4Auth(session.get_credentials(), "s3", at).add_auth(signed)
             headers = dict(signed.headers.items())
         return url, headers
-
-    @functools.cached_property
-    def _tls(self) -> ssl.SSLContext:
-        return self.source.tls_context()
 
     @functools.cached_property
     def _session(self) -> Any:

@@ -6,9 +6,11 @@ URI forms, credentials, endpoint variables and the ``anonymous@`` convention are
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,6 +65,7 @@ class Source:
 
     uri: str
     store: ObjectStore
+    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def scheme(self) -> str:
@@ -106,8 +109,14 @@ class Source:
         store: Any = self.store
         return obstore.sign(store, method, path, _SIGNED_FOR)
 
-    def tls_context(self) -> ssl.SSLContext:
-        """Make what Python's own clients need to trust whom obstore trusts here."""
+    @property
+    def tls(self) -> ssl.SSLContext:
+        """What Python's own clients need to trust whom obstore trusts here."""
+        with self._lock:  # it reads all certificates: once, not in each thread
+            return self._tls
+
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
         import ssl
 
         context = ssl.create_default_context()

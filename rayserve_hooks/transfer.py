@@ -123,6 +123,7 @@ def fetch(
             transfer.run(partials)
         finally:
             head_pool.shutdown(cancel_futures=True)
+            transfer.direct.close()
             for partial in partials:
                 partial.close()
     return progress.done - progress.reused
@@ -162,7 +163,7 @@ class _Transfer:
         publish: Publish,
     ) -> None:
         self._source, self._heads, self._head_pool = heads.source, heads, head_pool
-        self._direct = DirectReader(heads.source)
+        self.direct = DirectReader(heads.source)
         self._progress = progress
         self._publish = publish
         self._lock = threading.Lock()
@@ -172,12 +173,6 @@ class _Transfer:
         self._damaged: list[tuple[PartialFile, DamagedError]] = []
 
     def run(self, partials: list[PartialFile]) -> None:
-        try:
-            self._run(partials)
-        finally:
-            self._direct.close()
-
-    def _run(self, partials: list[PartialFile]) -> None:
         damaged = self._pass(partials)
         if damaged:
             for partial, error in damaged:
@@ -297,7 +292,7 @@ class _Transfer:
         try:
             with self._lock:
                 partial.open()
-            start = self._take(self._direct.read(partial.file, span), partial.file, span, write)
+            start = self._take(self.direct.read(partial.file, span), partial.file, span, write)
             self._receive(partial.file, (start, span[1]), write)
             partial.crcs[span[0]] = crc
             partial.finish_span(span)

@@ -10,12 +10,13 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
+
+import s3
 
 COMMIT = "1" * 40
 
@@ -107,10 +108,5 @@ def serving(root: Path) -> Iterator[Hub]:
     """Serve the models below ``root``, ``<organization>/<name>`` each, until the block ends."""
     with _Server(("127.0.0.1", 0), _Handler) as server:
         server.hub = Hub(root, f"http://127.0.0.1:{server.server_address[1]}")
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
+        with s3.answering(server):
             yield server.hub
-        finally:
-            server.shutdown()
-            thread.join()

@@ -393,13 +393,20 @@ def serving(root: Path, port: int = 0, tls: ssl.SSLContext | None = None) -> Ite
     with _TCPServer(("127.0.0.1", port), _Handler) as tcp:
         url = f"{'https' if tls else 'http'}://127.0.0.1:{tcp.server_address[1]}"
         tcp.s3 = Server(root, url, tls=tls)
-        thread = threading.Thread(target=tcp.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
+        with answering(tcp):
             yield tcp.s3
-        finally:
-            tcp.shutdown()
-            thread.join()
+
+
+@contextlib.contextmanager
+def answering(server: socketserver.BaseServer) -> Iterator[None]:
+    """Let a server answer until the block ends."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
 
 
 def main() -> None:
