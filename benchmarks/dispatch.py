@@ -15,8 +15,8 @@ import pluggy
 from report import Benchmark, arguments, in_fresh_process
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
-from rayserve_hooks.loading import parse_callbacks
-from rayserve_hooks.manager import CallbackStack, PluginManager
+from rayserve_hooks.core.loading import parse_callbacks
+from rayserve_hooks.core.manager import CallbackStack, PluginManager
 
 CASES = ("1", "10", "100", "1000")
 SIDES = ("direct calls", "bare pluggy", "ours")

@@ -54,10 +54,10 @@ async def our_task(config: Any, node_id: str, mode: str) -> None:
     from ray import cloudpickle
 
     from rayserve_hooks import _ray
-    from rayserve_hooks.cluster import NodeTask
+    from rayserve_hooks.cluster.node import ModelSource, request_for
+    from rayserve_hooks.cluster.remote_node import NodeTask
     from rayserve_hooks.context import CallbackCtx, NodeInfo
-    from rayserve_hooks.manager import stack_of
-    from rayserve_hooks.node import ModelSource, request_for
+    from rayserve_hooks.core.manager import stack_of
 
     ctx = CallbackCtx(
         llm_config=config,
@@ -78,7 +78,7 @@ def task_seconds(side: str, mode: str, cache: Path) -> float:
     import ray.llm._internal.serve.engines.vllm.vllm_engine
     from ray.cluster_utils import Cluster
 
-    import rayserve_hooks.initialize  # noqa: F401 - likewise
+    import rayserve_hooks.cluster.initialize  # noqa: F401 - likewise
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     other = cluster.add_node(num_cpus=1)
@@ -108,7 +108,7 @@ def again_seconds(side: str, damage: bool, cache: Path) -> float:
             download_model_files("tiny", CloudMirrorConfig(bucket_uri=uri))
         else:
             from rayserve_hooks.context import NodeModelDownloadable
-            from rayserve_hooks.download import Mirror, download_node
+            from rayserve_hooks.download.model import Mirror, download_node
 
             download_node("tiny", Mirror(uri), NodeModelDownloadable.MODEL_AND_TOKENIZER)
 

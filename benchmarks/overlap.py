@@ -12,11 +12,11 @@ from typing import Any
 
 from report import Benchmark, arguments
 
-from rayserve_hooks import aio
+from rayserve_hooks.cluster.node import with_background
 from rayserve_hooks.context import CallbackCtx, NodeInfo
-from rayserve_hooks.loading import parse_callbacks
-from rayserve_hooks.manager import CallbackStack, PluginManager
-from rayserve_hooks.node import with_background
+from rayserve_hooks.core import threads as aio
+from rayserve_hooks.core.loading import parse_callbacks
+from rayserve_hooks.core.manager import CallbackStack, PluginManager
 
 CASE = "tasks of 1.0, 1.5 and 2.0 s"
 LONGEST_S = 2.0

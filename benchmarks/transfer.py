@@ -72,7 +72,7 @@ def ours(case: str, target: Path) -> Callable[[], object]:
         importlib.import_module(name)
 
     from rayserve_hooks.context import NodeModelDownloadable
-    from rayserve_hooks.download import Mirror, download_node
+    from rayserve_hooks.download.model import Mirror, download_node
 
     everything = NodeModelDownloadable.MODEL_AND_TOKENIZER
     return lambda: download_node("model", Mirror(store.uri(case)), everything)
@@ -80,7 +80,7 @@ def ours(case: str, target: Path) -> Callable[[], object]:
 
 def ours_by_obstore(case: str, target: Path) -> Callable[[], object]:
     """Ours, without the direct reads of large files."""
-    from rayserve_hooks.direct import DirectReader
+    from rayserve_hooks.download.direct import DirectReader
 
     nothing: Callable[..., Iterator[memoryview]] = lambda *_: iter(())
     DirectReader.read = nothing  # type: ignore[method-assign]

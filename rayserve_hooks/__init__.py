@@ -4,14 +4,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 from rayserve_hooks.context import CallbackCtx, Handled, NodeModelDownloadable
+from rayserve_hooks.core.manager import get_plugin_manager
 from rayserve_hooks.errors import HookError
 from rayserve_hooks.hookspecs import RayServeLLMCallback, hookimpl, hookspec
-from rayserve_hooks.manager import get_plugin_manager
 
 if TYPE_CHECKING:
-    from rayserve_hooks.config import LLMConfig
-    from rayserve_hooks.initialize import initialize_node
-    from rayserve_hooks.serve import HooksCallback
+    from rayserve_hooks.cluster.config import LLMConfig
+    from rayserve_hooks.cluster.initialize import initialize_node
+    from rayserve_hooks.cluster.slot import HooksCallback
 
 __all__ = [
     "CallbackCtx",
@@ -30,9 +30,9 @@ __all__ = [
 # Ray costs seconds to import, and a node task, a callback's module and the command line need none
 # of these three: PEP 562 loads each at its first use.
 _NEEDS_RAY = {
-    "HooksCallback": "rayserve_hooks.serve",
-    "LLMConfig": "rayserve_hooks.config",
-    "initialize_node": "rayserve_hooks.initialize",
+    "HooksCallback": "rayserve_hooks.cluster.slot",
+    "LLMConfig": "rayserve_hooks.cluster.config",
+    "initialize_node": "rayserve_hooks.cluster.initialize",
 }
 
 

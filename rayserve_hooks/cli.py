@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayserve_hooks._ray import HOOKS_CALLBACK
+from rayserve_hooks.cluster._ray import HOOKS_CALLBACK
+from rayserve_hooks.core.loading import short_names
+from rayserve_hooks.core.manager import PluginManager, enabled, parse_stack
 from rayserve_hooks.errors import CallbackConfigError, Problems
 from rayserve_hooks.hookspecs import HOOKS
-from rayserve_hooks.loading import short_names
-from rayserve_hooks.manager import PluginManager, enabled, parse_stack
 from rayserve_hooks.trace import format_table
 
 Row = dict[str, Any]

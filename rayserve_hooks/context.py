@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from rayserve_hooks import aio
+from rayserve_hooks.core import threads as aio
 from rayserve_hooks.trace import Trace, TraceEntry, changes_between, snapshot
 
 if TYPE_CHECKING:

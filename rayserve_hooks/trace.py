@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
-from rayserve_hooks.masking import is_secret, shown
+from rayserve_hooks.core.masking import is_secret, shown
 
 # A child of Ray Serve's logger: in a replica only that one is set up to write INFO lines, to the
 # replica's own log file and to its output (ray.serve._private.logging_utils, Ray 2.60).

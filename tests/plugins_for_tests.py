@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
+from rayserve_hooks.core.limits import TimeLimits
+from rayserve_hooks.core.loading import parse_callbacks
+from rayserve_hooks.core.manager import CallbackStack, PluginManager
 from rayserve_hooks.hookspecs import HOOK_PARAMETERS, hookimpl
-from rayserve_hooks.limits import TimeLimits
-from rayserve_hooks.loading import parse_callbacks
-from rayserve_hooks.manager import CallbackStack, PluginManager
 from rayserve_hooks.trace import LOGGER_NAME
 
 

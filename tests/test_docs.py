@@ -10,8 +10,8 @@ from plugins_for_tests import make_ctx
 
 from rayserve_hooks.cli import main
 from rayserve_hooks.context import NodeInfo
+from rayserve_hooks.core.manager import hook_error
 from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback
-from rayserve_hooks.manager import hook_error
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,7 +75,7 @@ def test_the_yaml_of_the_callbacks_page_is_in_order(capsys: pytest.CaptureFixtur
 
 
 def test_the_yaml_example_is_a_serve_config_with_callbacks_that_exist() -> None:
-    from rayserve_hooks.loading import parse_callbacks
+    from rayserve_hooks.core.loading import parse_callbacks
 
     config = yaml.safe_load((ROOT / "examples" / "serve_config.yaml").read_text())
     (application,) = config["applications"]

@@ -1,0 +1,224 @@
+"""The one place that touches Ray's internal parts; `tests/test__ray.py` watches them.
+
+Importing this module does not import Ray: node tasks and the driver must stay light, and each
+function imports what it needs. Everything here was read in Ray 2.60.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
+
+if TYPE_CHECKING:
+    from ray.llm._internal.common.callbacks.base import (
+        CallbackBase as CallbackBase,  # noqa: PLC0414 - says to mypy that it is exported
+    )
+    from ray.llm._internal.common.callbacks.base import CallbackConfig
+    from ray.serve.llm import LLMConfig
+    from ray.util.placement_group import PlacementGroup
+
+    from rayserve_hooks.download.model import Mirror
+
+HOOKS_CALLBACK = "rayserve_hooks.HooksCallback"
+
+
+def __getattr__(name: str) -> Any:
+    # The class that the adapter subclasses; Ray exports it nowhere.
+    if name != "CallbackBase":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ray.llm._internal.common.callbacks.base import CallbackBase
+
+    return CallbackBase
+
+
+def runs_hooks(named: str | type) -> bool:
+    """Tell whether a config's ``callback_class`` is ours, or Ray's default, which does nothing."""
+    if isinstance(named, str):
+        return named.replace(":", ".") in (
+            HOOKS_CALLBACK,
+            "rayserve_hooks.cluster.slot.HooksCallback",
+        )
+    return _is_callback_base(named) or is_hooks_callback(named)
+
+
+def is_ray_callback(cls: type) -> bool:
+    """Tell whether a class is written for Ray's own slot; Ray is not imported to find out."""
+    return any(_is_callback_base(base) for base in cls.__mro__)
+
+
+def _is_callback_base(cls: type) -> bool:
+    return (cls.__module__, cls.__name__) == (
+        "ray.llm._internal.common.callbacks.base",
+        "CallbackBase",
+    )
+
+
+def is_hooks_callback(cls: type) -> bool:
+    """Tell whether a class is our own adapter to Ray's slot."""
+    return any(base.__module__ == "rayserve_hooks.cluster.slot" for base in cls.__mro__)
+
+
+def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:
+    """Give the member of Ray's own enum."""
+    from ray.llm._internal.common.utils import download_utils
+
+    return download_utils.NodeModelDownloadable[mode.name]
+
+
+def hooks_callback_config(
+    callbacks: list[Any], time_limits: dict[str, Any], raise_error: bool
+) -> CallbackConfig:
+    """Make the ``callback_config`` that a YAML file would hold.
+
+    Ray exports ``CallbackConfig`` nowhere; there is no other slot for callbacks.
+    """
+    from ray.llm._internal.common.callbacks.base import CallbackConfig
+
+    return CallbackConfig(
+        callback_class=HOOKS_CALLBACK,
+        callback_kwargs={"callbacks": callbacks, "time_limits": time_limits},
+        raise_error_on_callback=raise_error,
+    )
+
+
+def in_replica() -> bool:
+    """Tell whether this process is a Serve replica; Serve is not imported to find out."""
+    if "ray.serve" not in sys.modules:
+        return False
+    from ray.serve.context import _get_internal_replica_context
+
+    return _get_internal_replica_context() is not None
+
+
+def deployment_name(model_id: str) -> str:
+    """Name this process's deployment: application and deployment in a replica, else the model.
+
+    Serve's public ``get_replica_context()`` raises outside of a replica, and importing
+    ``ray.serve`` to ask would cost a driver or node task half a second.
+    """
+    if not in_replica():
+        return model_id
+    from ray import serve
+
+    context = serve.get_replica_context()
+    return f"{context.app_name}/{context.deployment}"
+
+
+def _engine(config: LLMConfig) -> Any:
+    """Give the engine's part of a config; Ray annotates it as optional, but never returns None."""
+    return config.get_engine_config()
+
+
+def default_download_mode(config: LLMConfig) -> NodeModelDownloadable:
+    """Say what Ray downloads by itself: nothing where the engine streams the weights."""
+    from ray.llm._internal.common.utils.download_utils import STREAMING_LOAD_FORMATS
+
+    if config.engine_kwargs.get("load_format") in STREAMING_LOAD_FORMATS:
+        return NodeModelDownloadable.NONE
+    return NodeModelDownloadable.MODEL_AND_TOKENIZER
+
+
+def initial_runtime_env(config: LLMConfig) -> dict[str, Any]:
+    """Build the runtime environment that Ray would use, as a copy.
+
+    Ray's own builder writes into the config's dict, so that a change made by a callback could
+    not be told from what the config says.
+    """
+    engine = _engine(config)
+    scratch = engine.model_copy(update={"runtime_env": copy.deepcopy(engine.runtime_env)})
+    return scratch.get_runtime_env_with_local_env_vars()  # type: ignore[no-any-return]
+
+
+def current_placement_group() -> PlacementGroup | None:
+    """Give the group this process runs in: Serve's, in a replica."""
+    from ray.util.placement_group import get_current_placement_group
+
+    return get_current_placement_group()
+
+
+def create_default_placement_group(config: LLMConfig) -> PlacementGroup:
+    """Create the group Ray would create for the engine outside of a Serve replica."""
+    return _engine(config).get_or_create_pg()  # type: ignore[no-any-return]
+
+
+def model_source(config: LLMConfig) -> tuple[str, Mirror | None]:
+    """Give the engine's model id or path, and the bucket it is mirrored in, if any."""
+    from rayserve_hooks.download.model import Mirror
+
+    engine = _engine(config)
+    mirror = engine.mirror_config
+    if mirror is None:
+        return engine.actual_hf_model_id, None
+    extra = tuple((file.bucket_uri, file.destination_path) for file in mirror.extra_files)
+    return engine.actual_hf_model_id, Mirror(mirror.bucket_uri, extra)
+
+
+def set_model_path(config: LLMConfig, path: str) -> None:
+    """Make the engine load the model from ``path``."""
+    _engine(config).hf_model_id = path
+
+
+def set_engine_kwargs(config: LLMConfig, kwargs: dict[str, Any]) -> None:
+    """Merge keyword arguments into the engine's.
+
+    ``update_engine_kwargs`` alone would pass an argument of vLLM's front end on to the engine,
+    and an unknown one would fail much later; building the engine config anew sorts and checks
+    them as Ray does for the configured ones.
+
+    Raises:
+        ValueError: The engine has no such argument.
+    """
+    engine = _engine(config)
+    before = dict(config.engine_kwargs)
+    config.update_engine_kwargs(**kwargs)
+    try:
+        fresh = type(engine).from_llm_config(config)
+    except ValueError:
+        config.engine_kwargs.clear()
+        config.engine_kwargs.update(before)
+        raise
+    for name in kwargs:
+        if name in fresh.frontend_kwargs:
+            engine.frontend_kwargs[name] = engine.engine_kwargs.pop(name)
+
+
+def task_attempt() -> int:
+    """Say how often Ray has started the task of this process: 1 the first time.
+
+    No public interface tells a task its attempt.
+    """
+    from ray._private.worker import global_worker
+
+    core_worker: Any = global_worker.core_worker  # type: ignore[attr-defined]
+    return int(core_worker.get_current_task_attempt_number()) + 1
+
+
+def own_node() -> NodeInfo:
+    """Describe the node of this process."""
+    import ray
+
+    return NodeInfo(
+        id=ray.get_runtime_context().get_node_id(),
+        address=ray.util.get_node_ip_address(),
+        is_local=True,
+    )
+
+
+def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
+    """List the nodes of a ready placement group, each once, in bundle order."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    bundles = placement_group_table(group)["bundles_to_node_id"]
+    ids = dict.fromkeys(bundles[index] for index in sorted(bundles))
+    own = own_node()
+    if set(ids) == {own.id}:  # asking Ray for all nodes costs a round trip
+        return [own]
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    return [
+        NodeInfo(node_id, addresses.get(node_id, "?"), is_local=node_id == own.id)
+        for node_id in ids
+    ]

@@ -1,0 +1,63 @@
+"""The adapter to ``ray.serve.llm``: our path in the one callback slot that Ray offers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rayserve_hooks.cluster._ray import CallbackBase
+from rayserve_hooks.cluster.initialize import initialize_node
+from rayserve_hooks.core.manager import get_plugin_manager
+
+if TYPE_CHECKING:
+    from ray.serve.llm import LLMConfig
+
+
+class HooksCallback(CallbackBase):
+    """A Ray callback that runs a stack of ours.
+
+    Ray Serve LLM builds it in each replica from ``callback_config``::
+
+        callback_config:
+          callback_class: rayserve_hooks.HooksCallback
+          callback_kwargs:
+            callbacks: [...]
+
+    Args:
+        llm_config: The deployment's config; Ray passes it.
+        raise_error_on_callback: False makes ``on_error: warn`` the default of every callback;
+            Ray passes it.
+        ctx_kwargs: The fields of Ray's own context; Ray passes it.
+        **kwargs: ``callbacks``, the list; forms: see `rayserve_hooks.core.loading.parse_callbacks`.
+
+    Raises:
+        CallbackConfigError: A callback cannot be imported or built, or is none.
+    """
+
+    def __init__(
+        self,
+        llm_config: LLMConfig,
+        raise_error_on_callback: bool = True,
+        ctx_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(llm_config, raise_error_on_callback, ctx_kwargs, **kwargs)
+        get_plugin_manager(llm_config)
+
+    async def run_callback(self, method_name: str) -> None:
+        """Run one of Ray's callback methods; Ray's own turns any error into a bare Exception."""
+        await getattr(self, method_name)()
+
+    async def on_before_node_init(self) -> None:
+        """Run the whole path, hand the engine what it needs, and switch Ray's own step off.
+
+        Raises:
+            HookError: A callback or a node failed.
+        """
+        # Ray's YAML loader makes the base class of the public LLMConfig.
+        ctx = await initialize_node(
+            self.llm_config,  # type: ignore[arg-type]
+            placement_group=self.ctx.placement_group,
+        )
+        self.ctx.placement_group = ctx.placement_group
+        self.ctx.runtime_env = ctx.runtime_env
+        self.ctx.run_init_node = False

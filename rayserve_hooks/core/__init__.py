@@ -1,0 +1,1 @@
+"""Order, calls, trace and limits of callbacks: pluggy, pydantic and the standard library."""

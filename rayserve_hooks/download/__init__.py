@@ -1,0 +1,1 @@
+"""The default download: one model to one node, complete or absent."""

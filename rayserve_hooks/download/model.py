@@ -1,0 +1,407 @@
+"""The default download of one node: from an object store into the Hugging Face cache layout.
+
+Ray's own downloader is not used: it logs and swallows failures, of a whole model as of single
+files, and writes ``refs/main`` before the files (Ray 2.60, ``CloudModelDownloader.get_model``,
+``S3FileSystem.download_files``). Layout, file selection and the ``hash`` object are Ray's.
+
+A download is complete or absent, and done once per node, however many processes ask for it at the
+same time: `rayserve_hooks.download.node_lock`. The folder ``.rayserve_hooks`` in the model's folder says
+which files are whole, so that asking again costs one listing. See `rayserve_hooks.download.transfer` for
+what is verified and how a killed download is resumed, `rayserve_hooks.download.stores` for URIs and
+credentials.
+
+``RAYSERVE_HOOKS_PROGRESS=1`` in a replica's environment shows a progress bar on the driver's
+terminal; on a driver a terminal has one anyway, unless the variable is ``0``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import stat
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.download.checksums import checksum_of
+from rayserve_hooks.download.heads import Heads, expected_checksum
+from rayserve_hooks.download.node_lock import node_lock
+from rayserve_hooks.download.stores import STATE_FOLDER, RemoteFile, Source, open_source
+from rayserve_hooks.download.transfer import Content, fetch, unwritable
+from rayserve_hooks.errors import DownloadError, describe
+from rayserve_hooks.trace import LOGGER_NAME
+
+logger = logging.getLogger(LOGGER_NAME)
+
+# What Ray takes for tokenizer files (CloudFileSystem.download_model, Ray 2.60).
+_TOKENIZER_PARTS = ("tokenizer", "config.json", "chat_template")
+_WEIGHTS_SUFFIX = ".safetensors"
+_REVISION_OBJECT = "hash"
+_DEFAULT_REVISION = "0" * 40
+_CHECK_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """Where the model's files are: Ray's ``CloudMirrorConfig``, which is costly to import.
+
+    Args:
+        bucket_uri: ``s3://``, ``gs://``, ``azure://`` or ``abfss://``; None for extra files only.
+        extra_files: Pairs of a URI and the local folder it goes to.
+    """
+
+    bucket_uri: str | None
+    extra_files: tuple[tuple[str, str], ...] = ()
+
+
+def download_node(
+    model_id: str,
+    mirror: Mirror | None,
+    mode: NodeModelDownloadable,
+    *,
+    from_hub: bool = False,
+) -> str | None:
+    """Download what ``mode`` asks for, and the mirror's extra files, to this node.
+
+    Blocks; call it from a thread without a running event loop.
+
+    Args:
+        model_id: The engine's model id; names the folder in the cache.
+        mirror: The bucket; None for a local path or a Hugging Face id.
+        mode: Which of the model's files. Extra files are fetched in every mode, as in Ray.
+        from_hub: Fetch a Hugging Face id here instead of leaving it to the engine.
+
+    Returns:
+        The folder with the model, or None when nothing of it was downloaded.
+
+    Raises:
+        DownloadError: The store refused, has no such files, or what came is not what it holds;
+            the files cannot be written.
+    """
+    for uri, destination in mirror.extra_files if mirror else ():
+        _download_extra(uri, Path(os.path.expandvars(destination)).expanduser())
+    if mode is NodeModelDownloadable.NONE:
+        return None
+    if mirror is not None and mirror.bucket_uri is not None:
+        return str(_download_model(model_id, mirror.bucket_uri, mode))
+    if from_hub and not Path(model_id).expanduser().exists():
+        return _download_from_hub(model_id, mode)
+    return None
+
+
+def _download_extra(uri: str, target: Path) -> None:
+    with node_lock(target, f"extra files of {uri}"):
+        source = open_source(uri)
+        files = source.list_files()
+        records = _Records(target / STATE_FOLDER, f"extra-{_short_hash(uri)}", uri)
+        _complete(source, list(files.values()), target, "", records)
+        records.finish("", None)
+
+
+def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable) -> Path:
+    from rayserve_hooks.cluster._ray import deployment_name
+
+    folder = _model_folder(model_id)
+    with node_lock(folder, f"{deployment_name(model_id)}, {mode.name} of {uri}"):
+        source = open_source(uri)
+        files = source.list_files()
+        hash_object = files.pop(_REVISION_OBJECT, None)
+        wanted = [file for path, file in files.items() if _selected(path, mode)]
+        if not wanted:
+            raise DownloadError(
+                f"{uri} has {len(files)} objects, none of which {mode.name} selects; check the "
+                "path and the download mode"
+            )
+        records = _Records(folder / STATE_FOLDER, mode.name, uri)
+        revision = _revision(source, hash_object, records)
+        snapshot = folder / "snapshots" / revision
+        _complete(source, wanted, snapshot, revision, records)
+        # refs/main is what says to the engine that the snapshot can be read.
+        _write_if_changed(folder / "refs" / "main", revision)
+        records.finish(revision, hash_object)
+    return snapshot
+
+
+def _model_folder(model_id: str) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE, f"models--{model_id.replace('/', '--')}")
+
+
+def _download_from_hub(model_id: str, mode: NodeModelDownloadable) -> str:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise DownloadError(
+            f"downloading {model_id!r} needs the package 'huggingface_hub'; install "
+            "'rayserve_hooks[download]' on every node"
+        ) from error
+    allowed = None
+    if mode is NodeModelDownloadable.TOKENIZER_ONLY:
+        allowed = [f"*{part}*" for part in _TOKENIZER_PARTS]
+    excluded = None
+    if mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS:
+        excluded = [f"*{_WEIGHTS_SUFFIX}"]
+    with node_lock(_model_folder(model_id), f"{mode.name} of the Hugging Face Hub"):
+        try:
+            return snapshot_download(model_id, allow_patterns=allowed, ignore_patterns=excluded)
+        except HfHubHTTPError as error:
+            detail = (error.server_message or type(error).__name__).rstrip(".")
+            raise DownloadError(
+                f"cannot fetch {model_id!r} from the Hugging Face Hub: {detail}; check the id, "
+                "HF_TOKEN and whether the token may read the model"
+            ) from error
+        except Exception as error:  # the hub raises its own and those of its HTTP client
+            raise DownloadError(
+                f"cannot fetch {model_id!r} from the Hugging Face Hub: {describe(error)}; check "
+                "the id, HF_ENDPOINT and the network"
+            ) from error
+
+
+def _selected(path: str, mode: NodeModelDownloadable) -> bool:
+    if mode is NodeModelDownloadable.TOKENIZER_ONLY:
+        return any(part in path for part in _TOKENIZER_PARTS)
+    if mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS:
+        return not path.endswith(_WEIGHTS_SUFFIX)
+    return True
+
+
+def _revision(source: Source, hash_object: RemoteFile | None, records: _Records) -> str:
+    if hash_object is None:
+        return _DEFAULT_REVISION
+    revision = records.revision_of(hash_object)
+    if revision is None:
+        content = source.read(_REVISION_OBJECT)
+        revision = content.decode("ascii", "replace").strip()
+    if not re.fullmatch(r"[\w-][\w.-]*", revision, re.ASCII):
+        raise DownloadError(
+            f"the object 'hash' of {source.uri} holds {revision!r}, which cannot name a folder; "
+            "store the revision there, or delete it"
+        )
+    return revision
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A file that was whole when this was written."""
+
+    revision: str
+    path: str
+    size: int
+    version: str
+    mtime_ns: int
+    checksum: str | None
+    verified: str
+
+
+class _Records:
+    """What is known of the files in a folder: the markers, and the log of unfinished downloads.
+
+    A marker says that a mode's download is complete, and is written last. The log gets a line
+    for each file before the file is published, so that a killed download loses none.
+    """
+
+    def __init__(self, folder: Path, mode: str, uri: str) -> None:
+        self.folder, self._mode, self._uri = folder, mode, uri
+        self._marker, self._log = folder / f"{mode}.json", folder / f"{mode}.jsonl"
+        self._known: dict[str, dict[str, _Record]] = {}  # by path and revision
+        self._revisions: dict[str, str] = {}
+        self._current: dict[str, _Record] = {}
+        self._log_file: TextIO | None = None
+        self._lock = threading.Lock()
+        for path in sorted(folder.glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self._read_marker(json.loads(path.read_text()))
+        for path in folder.glob("*.jsonl"):
+            for line in path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    self._learn(json.loads(line))
+
+    def _read_marker(self, marker: dict[str, Any]) -> None:
+        if marker["uri"] == self._uri and marker["revision_version"]:
+            self._revisions[marker["revision_version"]] = marker["revision"]
+        for record in marker["files"]:
+            self._learn({"uri": marker["uri"], **record})
+
+    def _learn(self, fields: dict[str, Any]) -> None:
+        # Versions of two stores cannot be compared.
+        if fields.pop("uri") == self._uri:
+            record = _Record(**fields)
+            self._known.setdefault(record.path, {})[record.revision] = record
+
+    def revision_of(self, hash_object: RemoteFile) -> str | None:
+        """Give what the object ``hash`` holds, if this version of it has been read."""
+        return self._revisions.get(hash_object.version)
+
+    def know_any(self) -> bool:
+        """Tell whether any file of this source was whole at some time."""
+        return bool(self._known)
+
+    def same_version(self, revision: str, file: RemoteFile) -> _Record | None:
+        """Find the record of a file as the store has it now."""
+        record = self._known.get(file.path, {}).get(revision)
+        if record is None or (record.size, record.version) != (file.size, file.version):
+            return None
+        return record
+
+    def of_other_revisions(self, revision: str, file: RemoteFile) -> list[_Record]:
+        others = [other for other in self._known.get(file.path, {}) if other != revision]
+        found = (self.same_version(other, file) for other in others)
+        return [record for record in found if record is not None]
+
+    def keep(self, record: _Record) -> None:
+        """Count a file as whole without writing it down yet."""
+        self._current[record.path] = record
+
+    def add(self, revision: str, file: RemoteFile, content: Content, on_disk: str) -> None:
+        """Write down that a file is whole; its time of change is how it is known again."""
+        mtime_ns = os.stat(on_disk).st_mtime_ns
+        record = _Record(
+            revision,
+            file.path,
+            file.size,
+            file.version,
+            mtime_ns,
+            content.checksum,
+            content.verified,
+        )
+        line = json.dumps({"uri": self._uri, **vars(record)})
+        with self._lock:
+            if self._log_file is None:
+                self._log_file = self._log.open("a", buffering=1)
+            self._log_file.write(f"{line}\n")
+        self.keep(record)
+
+    def close(self) -> None:
+        if self._log_file is not None:
+            self._log_file.close()
+            self._log_file = None
+
+    def finish(self, revision: str, hash_object: RemoteFile | None) -> None:
+        """Write the marker: the download is complete."""
+        files = [vars(self._current[path]) for path in sorted(self._current)]
+        marker = {
+            "uri": self._uri,
+            "mode": self._mode,
+            "revision": revision,
+            "revision_version": hash_object.version if hash_object else None,
+            "verified": "size" if any(f["verified"] == "size" for f in files) else "checksum",
+            "files": files,
+        }
+        _write_if_changed(self._marker, json.dumps(marker))
+        self._log.unlink(missing_ok=True)
+
+
+def _complete(
+    source: Source, wanted: list[RemoteFile], folder: Path, revision: str, records: _Records
+) -> None:
+    """Make all wanted files be there, whole; fetch only those that are not."""
+    started = time.monotonic()
+    heads = Heads(source)
+
+    def not_whole(files: list[RemoteFile]) -> list[RemoteFile]:
+        return [file for file in files if not _is_whole(heads, file, folder, revision, records)]
+
+    missing = wanted
+    try:
+        records.folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() or records.know_any():
+            # Slices: handing over one file costs more than to look at it.
+            slices = [wanted[first::_CHECK_THREADS] for first in range(_CHECK_THREADS)]
+            with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+                missing = list(itertools.chain.from_iterable(pool.map(not_whole, slices)))
+    except OSError as error:
+        raise unwritable(error, folder) from error
+    logger.info("%s: %d files, %d to fetch into %s", source.uri, len(wanted), len(missing), folder)
+    if not missing:
+        records.close()
+        return
+
+    def publish(file: RemoteFile, content: Content, partial: str) -> None:
+        records.add(revision, file, content, partial)
+        os.replace(partial, f"{folder}/{file.path}")
+
+    try:
+        fetched = fetch(heads, missing, folder, records.folder / "partial", publish)
+    finally:
+        records.close()
+    seconds = time.monotonic() - started
+    logger.info(
+        "%s: fetched %d files, %.2f GB, in %.1f s, %.2f GB/s; %.2f GB were there already",
+        source.uri,
+        len(missing),
+        fetched / 1e9,
+        seconds,
+        fetched / 1e9 / max(seconds, 1e-9),
+        (sum(file.size for file in wanted) - fetched) / 1e9,
+    )
+
+
+def _is_whole(
+    heads: Heads, file: RemoteFile, folder: Path, revision: str, records: _Records
+) -> bool:
+    target = f"{folder}/{file.path}"
+    record = records.same_version(revision, file)
+    try:
+        status = os.stat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.size:
+        return _linked(file, folder, revision, records)
+    if record is not None and record.mtime_ns == status.st_mtime_ns:
+        records.keep(record)
+        return True
+    if record is not None:
+        content = Content(record.checksum, record.verified)
+    else:
+        head = heads.of(file) if heads.wanted(file) else None
+        content = Content(expected_checksum(file, head), "checksum")
+    if content.checksum is None:
+        return False
+    if checksum_of(Path(target), content.checksum.partition(":")[0]) != content.checksum:
+        return False
+    records.add(revision, file, content, target)
+    return True
+
+
+def _linked(file: RemoteFile, folder: Path, revision: str, records: _Records) -> bool:
+    """Take over the same version of a file from the snapshot of another revision."""
+    for record in records.of_other_revisions(revision, file):
+        old = folder.parent / record.revision / file.path
+        target = folder / file.path
+        if not old.is_file() or old.stat().st_mtime_ns != record.mtime_ns:
+            continue
+        if old.stat().st_size != file.size or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # a file system without links: fetched instead
+            target.hardlink_to(old)
+            records.add(revision, file, Content(record.checksum, record.verified), str(target))
+            return True
+    return False
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    try:
+        if path.is_file() and path.read_text() == text:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_name(f".{path.name}.new")
+        written.write_text(text)
+        written.replace(path)
+    except OSError as error:
+        raise unwritable(error, path) from error
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,131 @@
+"""What the adapter stands on in Ray's internal parts; fails by name when a version moves it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import sys
+
+import pytest
+
+from rayserve_hooks import NodeModelDownloadable
+from rayserve_hooks.cluster import _ray
+
+pytestmark = pytest.mark.ray
+
+
+def test_importing_the_adapter_imports_no_ray() -> None:
+    import subprocess
+
+    code = "import sys, rayserve_hooks.cluster._ray; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_adapter_exports_one_class_of_ray_and_no_more() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackBase
+
+    assert _ray.CallbackBase is CallbackBase
+    with pytest.raises(
+        AttributeError,
+        match=r"^module 'rayserve_hooks.cluster._ray' has no attribute 'CallbackBas'$",
+    ):
+        _ = _ray.CallbackBas
+
+
+def test_the_download_modes_are_rays() -> None:
+    from ray.llm._internal.common.utils import download_utils
+
+    assert {mode.name for mode in download_utils.NodeModelDownloadable} == {
+        mode.name for mode in NodeModelDownloadable
+    }
+    assert "runai_streamer" in download_utils.STREAMING_LOAD_FORMATS
+
+
+def test_the_callback_slot() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig, CallbackCtx
+
+    assert [field.name for field in dataclasses.fields(CallbackConfig)] == [
+        "callback_class",
+        "callback_kwargs",
+        "raise_error_on_callback",
+    ]
+    fields = {field.name for field in dataclasses.fields(CallbackCtx)}
+    assert {"placement_group", "runtime_env", "run_init_node"} <= fields
+    assert inspect.iscoroutinefunction(CallbackBase.run_callback)
+    assert inspect.iscoroutinefunction(CallbackBase.on_before_node_init)
+
+
+def test_the_engine_calls_the_slot_before_it_reads_what_a_callback_may_change() -> None:
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+
+    source = inspect.getsource(VLLMEngine.start)
+    places = [
+        source.index(part)
+        for part in (
+            'run_callback("on_before_node_init")',
+            "if callback.ctx.run_init_node",
+            'run_callback("on_after_node_init")',
+            "_prepare_engine_config(callback.ctx)",
+        )
+    ]
+    assert places == sorted(places)
+
+
+def test_the_engine_config_has_the_parts_that_are_set() -> None:
+    from ray.llm._internal.serve.engines.vllm.vllm_models import VLLMEngineConfig
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(model_loading_config={"model_id": "m"})
+    engine = config.get_engine_config()
+    assert isinstance(engine, VLLMEngineConfig)
+    _ray.set_model_path(config, "/models/m")
+    assert engine.actual_hf_model_id == "/models/m"
+    _ray.set_engine_kwargs(config, {"max_model_len": 8, "enable_auto_tool_choice": True})
+    assert engine.engine_kwargs == {"max_model_len": 8}
+    assert engine.frontend_kwargs == {"enable_auto_tool_choice": True}
+    assert config.engine_kwargs["max_model_len"] == 8
+    with pytest.raises(ValueError, match="Unknown engine argument: max_modle_len"):
+        _ray.set_engine_kwargs(config, {"max_modle_len": 8})
+
+
+def test_the_mirror_of_a_config() -> None:
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(
+        model_loading_config={
+            "model_id": "m",
+            "model_source": {
+                "bucket_uri": "s3://bucket/m",
+                "extra_files": [{"bucket_uri": "s3://bucket/x", "destination_path": "~/x"}],
+            },
+        }
+    )
+    model_id, mirror = _ray.model_source(config)
+    assert model_id == "m"
+    assert mirror is not None
+    assert (mirror.bucket_uri, mirror.extra_files) == (
+        "s3://bucket/m",
+        (("s3://bucket/x", "~/x"),),
+    )
+
+
+def test_streaming_formats_download_nothing() -> None:
+    from ray.serve.llm import LLMConfig
+
+    plain = LLMConfig(model_loading_config={"model_id": "m"})
+    streaming = LLMConfig(
+        model_loading_config={"model_id": "m"}, engine_kwargs={"load_format": "runai_streamer"}
+    )
+    assert _ray.default_download_mode(plain) is NodeModelDownloadable.MODEL_AND_TOKENIZER
+    assert _ray.default_download_mode(streaming) is NodeModelDownloadable.NONE
+
+
+def test_a_task_can_ask_for_its_attempt() -> None:
+    from ray._private import worker
+
+    assert hasattr(worker, "global_worker"), "Ray moved global_worker; see _ray.task_attempt"
+    core_worker = importlib.import_module("ray._raylet").CoreWorker
+    assert hasattr(core_worker, "get_current_task_attempt_number"), (
+        "Ray moved get_current_task_attempt_number; see _ray.task_attempt"
+    )

@@ -1,0 +1,226 @@
+"""Serve the tiny model with the real engine, and look at it from outside.
+
+What needs Ray is imported inside the functions: collecting these tests must stay quick.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import processes
+import pytest
+import requests
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parent.parent.parent
+READY_S = 240
+
+
+@pytest.fixture(autouse=True)
+def _nothing_deployed_after(ray_cluster: Any) -> Iterator[None]:
+    yield
+    from ray import serve
+
+    for name in serve.status().applications:
+        serve.delete(name)
+
+
+def callbacks(trace: Path, model: Path) -> list[Any]:
+    """List wrappers, tryfirst, trylast, async, adapted, failing ones, and one that takes over."""
+    return [
+        {"callback": "trace_writer:TraceWriter", "kwargs": {"path": str(trace)}},
+        "lifecycle_callbacks:Wraps",
+        "lifecycle_callbacks:Last",
+        "lifecycle_callbacks.Plain",
+        {"callback": "my_module.MyCallback", "name": "mine", "kwargs": {"max_model_len": 192}},
+        "lifecycle_callbacks:First",
+        {"callback": "ray_callbacks:Everything", "name": "Rays", "kwargs": {"greeting": "hello"}},
+        {
+            "callback": "lifecycle_callbacks:Fail",
+            "kwargs": {"hook": "on_before_init"},
+            "on_error": "warn",
+        },
+        {"callback": "lifecycle_callbacks:BringModel", "kwargs": {"path": str(model)}},
+        {"callback": "lifecycle_callbacks:Plain", "name": "PlainAgain"},
+    ]
+
+
+# The one complete list of what a start runs, in order: process, hook, callback, outcome.
+LIFECYCLE = [
+    ("replica", "on_before_init", "Wraps", "returned"),
+    ("replica", "on_before_init", "mine", "returned"),
+    ("replica", "on_before_init", "First", "returned"),
+    ("replica", "on_before_init", "Plain", "returned"),
+    ("replica", "on_before_init", "Rays", "returned"),
+    ("replica", "on_before_init", "Fail", "warned"),
+    ("replica", "on_before_init", "PlainAgain", "returned"),
+    ("replica", "on_before_init", "Last", "returned"),
+    ("replica", "on_before_download", "First", "returned"),
+    ("replica", "on_before_download", "Plain", "returned"),
+    ("replica", "on_before_download", "mine", "returned"),
+    ("replica", "on_before_download", "Rays", "returned"),
+    ("replica", "on_before_download", "Fail", "returned"),
+    ("replica", "on_before_download", "BringModel", "handled"),
+    ("replica", "on_after_init", "TraceWriter", "running"),  # it is the one that writes this
+    ("replica", "on_after_init", "Wraps", "returned"),
+    ("replica", "on_after_init", "Plain", "returned"),
+    ("replica", "on_after_init", "Rays", "returned"),
+    ("replica", "on_after_init", "Fail", "returned"),
+    ("replica", "on_after_init", "PlainAgain", "returned"),
+    ("replica", "on_after_init", "Last", "returned"),
+    ("replica", "on_after_init", "mine", "returned"),
+]
+
+
+def settings(model: Path) -> dict[str, Any]:
+    return {
+        "model_loading_config": {"model_id": "tiny", "model_source": str(model)},
+        "placement_group_config": {"bundles": [{"CPU": 1}]},
+        "engine_kwargs": {"max_model_len": 512, "enforce_eager": True, "max_num_seqs": 4},
+        "log_engine_metrics": False,
+        "runtime_env": {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1"}},
+    }
+
+
+def assert_served_through_callbacks(url: str, trace: Path) -> None:
+    calls = json.loads(trace.read_text())
+    keys = ("role", "hook", "callback", "outcome")
+    assert [tuple(call[key] for key in keys) for call in calls] == LIFECYCLE
+    assert len({(call["node_id"], call["pid"]) for call in calls}) == 1
+    assert chat(url, "hello world").status_code == 200
+    refused = chat(url, "hello " * 300)
+    assert refused.status_code == 400
+    assert "192" in refused.text
+
+
+def chat(url: str, prompt: str) -> requests.Response:
+    messages = [{"role": "user", "content": prompt}]
+    body = {"model": "tiny", "messages": messages, "max_tokens": 8}
+    return requests.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+
+
+def test_configured_in_python(ray_cluster: Any, tiny_model: Path, tmp_path: Path) -> None:
+    from ray import serve
+    from ray.serve.llm import build_openai_app
+
+    from rayserve_hooks import LLMConfig
+
+    trace = tmp_path / "trace.json"
+    config = LLMConfig(callbacks=callbacks(trace, tiny_model), **settings(tiny_model))
+    serve.run(build_openai_app({"llm_configs": [config]}), name="python", route_prefix="/python")
+    assert_served_through_callbacks(f"http://127.0.0.1:{ray_cluster.http_port}/python", trace)
+
+
+@pytest.mark.parametrize("command", ["deploy", "run"])
+def test_configured_in_yaml_through_stock_ray(
+    command: str, ray_cluster: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    llm_config = {
+        **settings(tiny_model),
+        "callback_config": {
+            "callback_class": "rayserve_hooks.HooksCallback",
+            "callback_kwargs": {"callbacks": callbacks(trace, tiny_model)},
+        },
+    }
+    application = {
+        "name": command,
+        "route_prefix": f"/{command}",
+        "import_path": "ray.serve.llm:build_openai_app",
+        "args": {"llm_configs": [llm_config]},
+    }
+    config = tmp_path / "serve_config.yaml"
+    config.write_text(yaml.safe_dump({"applications": [application]}))
+    options = {
+        "deploy": ["--address", ray_cluster.dashboard],
+        "run": ["--address", ray_cluster.address, "--non-blocking"],
+    }
+    serve = str(Path(sys.executable).with_name("serve"))
+    subprocess.run([serve, command, *options[command], str(config)], check=True)
+    wait_until_running(command)
+    assert_served_through_callbacks(f"http://127.0.0.1:{ray_cluster.http_port}/{command}", trace)
+
+
+def wait_until_running(name: str) -> None:
+    """Poll, since Serve offers nothing to wait on for an application somebody else deploys."""
+    from ray import serve
+
+    deadline = time.monotonic() + READY_S
+    while True:
+        application = serve.status().applications.get(name)
+        if application is not None and application.status == "RUNNING":
+            return
+        failed = application is not None and application.status == "DEPLOY_FAILED"
+        assert not failed, application
+        assert time.monotonic() < deadline, application
+        time.sleep(0.5)
+
+
+def test_a_failing_callback_fails_the_deployment_by_name(
+    ray_cluster: Any, tiny_model: Path
+) -> None:
+    from ray import serve
+    from ray.serve.llm import build_openai_app
+
+    from rayserve_hooks import LLMConfig
+
+    fail = {"callback": "lifecycle_callbacks:Fail", "kwargs": {"hook": "on_before_download"}}
+    config = LLMConfig(
+        callbacks=[fail],
+        deployment_config={"max_constructor_retry_count": 1},
+        **settings(tiny_model),
+    )
+    with pytest.raises(RuntimeError):
+        serve.run(build_openai_app({"llm_configs": [config]}), name="failing", route_prefix="/f")
+    message = serve.status().applications["failing"].deployments["LLMServer:tiny"].message
+    assert (
+        "rayserve_hooks.errors.HookError: callback 'Fail' failed in hook on_before_download on "
+        f"node {ray_cluster.head_id} " in message
+    )
+    assert "RuntimeError: no such bucket" in message
+
+
+def test_two_worker_ranks(ray_cluster: Any, tiny_model: Path, tmp_path: Path) -> None:
+    from ray import serve
+    from ray.serve.llm import build_openai_app
+
+    from rayserve_hooks import LLMConfig
+
+    trace = tmp_path / "trace.json"
+    fields = settings(tiny_model)
+    fields["placement_group_config"] = {"bundles": [{"CPU": 1}, {"CPU": 1}]}
+    fields["engine_kwargs"] |= {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.2}
+    bind = {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+    config = LLMConfig(
+        callbacks=[
+            *callbacks(trace, tiny_model),
+            {
+                "callback": "lifecycle_callbacks:Set",
+                "kwargs": {"hook": "on_before_init", "values": {"runtime_env": bind}},
+            },
+        ],
+        **fields,
+    )
+    # vLLM refuses to start two ranks on CPU without the variable that the callback sets.
+    serve.run(build_openai_app({"llm_configs": [config]}), name="ranks", route_prefix="/ranks")
+    assert chat(f"http://127.0.0.1:{ray_cluster.http_port}/ranks", "hello").status_code == 200
+
+
+def test_the_quick_start() -> None:
+    script = ROOT / "examples" / "quick_start.py"
+    with processes.none_left():
+        done = subprocess.run(
+            [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    assert done.returncode == 0, done.stderr
+    assert "on_before_init ['startup_metrics', 'MyCallback']" in done.stdout
