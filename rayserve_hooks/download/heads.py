@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.download.checksums import new_hash
 from rayserve_hooks.download.stores import (
     RemoteFile,
@@ -23,7 +24,6 @@ from rayserve_hooks.download.stores import (
     region,
     without_secrets,
 )
-from rayserve_hooks.trace import LOGGER_NAME
 
 if TYPE_CHECKING:
     import urllib.request

@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.download.checksums import checksum_of
 from rayserve_hooks.download.heads import Heads, expected_checksum
 from rayserve_hooks.download.node_lock import node_lock
 from rayserve_hooks.download.stores import STATE_FOLDER, RemoteFile, Source, open_source
 from rayserve_hooks.download.transfer import Content, fetch, unwritable
 from rayserve_hooks.errors import DownloadError, describe
-from rayserve_hooks.trace import LOGGER_NAME
 
 logger = logging.getLogger(LOGGER_NAME)
 

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.errors import DownloadError, describe
-from rayserve_hooks.trace import LOGGER_NAME
 
 logger = logging.getLogger(LOGGER_NAME)
 

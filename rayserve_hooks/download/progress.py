@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from rayserve_hooks.trace import LOGGER_NAME
+from rayserve_hooks.core.log import LOGGER_NAME
 
 logger = logging.getLogger(LOGGER_NAME)
 

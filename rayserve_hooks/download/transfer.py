@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rayserve_hooks.core import threads as aio
+from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.download.checksums import checksum_of, checksum_text
 from rayserve_hooks.download.direct import DirectReader
 from rayserve_hooks.download.heads import Heads, expected_checksum
@@ -31,7 +32,6 @@ from rayserve_hooks.download.partials import PartialFile, Span, plan
 from rayserve_hooks.download.progress import Progress, watched
 from rayserve_hooks.download.stores import RemoteFile, failure
 from rayserve_hooks.errors import DownloadError, describe
-from rayserve_hooks.trace import LOGGER_NAME
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult
