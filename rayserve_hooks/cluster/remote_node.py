@@ -42,6 +42,7 @@ class RemoteNode:
         self._request = request
         self._runtime_env = copy.deepcopy(runtime_env)
         self._earlier: list[TraceEntry] = []  # of processes that were killed
+        self._killed_in: TraceEntry | None = None
         self._calls: dict[int, TraceEntry] = {}
         self._actor: Any = None
         self._initializing = asyncio.ensure_future(self._initialize())
@@ -90,8 +91,8 @@ class RemoteNode:
                 raise self._failed(describe(error.cause)) from error
             except RayError as error:
                 self._actor, problem = None, error
-                if attempt < _ATTEMPTS:
-                    self._earlier, self._calls = self.trace, {}
+                self._killed_in = self.running or self._killed_in
+                self._earlier, self._calls = self.trace, {}
             else:
                 self._calls = dict(enumerate(self.reply.trace))
                 return self.reply
@@ -118,22 +119,23 @@ class RemoteNode:
         name = f"rayserve_hooks:{self._request.stack.deployment}:{self.node.address}"
         reply = asyncio.ensure_future(_answer(actor.initialize.options(name=name).remote()))
         seen = 0
-        while not reply.done():
-            status = asyncio.ensure_future(_answer(actor.status.remote(seen)))
-            await asyncio.wait([reply, status], return_when=asyncio.FIRST_COMPLETED)
-            if not status.done():
-                status.cancel()
-                break
-            try:
+        status: asyncio.Future[Any] | None = None
+        try:
+            while not reply.done():
+                status = asyncio.ensure_future(_answer(actor.status.remote(seen)))
+                await asyncio.wait([reply, status], return_when=asyncio.FIRST_COMPLETED)
+                if not status.done() or isinstance(status.exception(), RayError):
+                    break  # the reply is there, or will say why
                 heard = status.result()
-            except RayError:  # the reply says why
-                break
-            seen, self.phase = heard.number, heard.phase
-            self._calls.update(heard.calls)
-        return await reply  # type: ignore[no-any-return]
+                seen, self.phase = heard.number, heard.phase
+                self._calls.update(heard.calls)
+            return await reply  # type: ignore[no-any-return]
+        finally:
+            for answer in filter(None, (reply, status)):
+                answer.cancel()
 
     def _failed(self, detail: str) -> HookError:
-        running = self.running
+        running = self.running or self._killed_in
         return HookError(
             callback=running.callback if running else None,
             hook=running.hook if running else None,
