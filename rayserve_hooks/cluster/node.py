@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rayserve_hooks.cluster import _ray
+from rayserve_hooks.cluster.download_stage import download_caller
 from rayserve_hooks.context import (
     BackgroundTask,
     CallbackCtx,
@@ -157,6 +158,7 @@ async def initialize_this_node(
                 source.mirror,
                 getattr(ctx, mode),
                 from_hub=mode in ctx._assigned,
+                caller=download_caller(source.model_id),
             )
     except HookError:
         raise
