@@ -267,6 +267,7 @@ def test_whom_only_obstore_trusts(
     assert re.search(r"obstore is asked for .* CERTIFICATE_VERIFY_FAILED", caplog.text)
 
 
+@pytest.mark.slow
 def test_whom_nobody_trusts(tls_server: s3.Server) -> None:
     pattern = (
         "^cannot list s3://anonymous@bucket/model: .* error sending request: InvalidCertificate: "

@@ -500,6 +500,7 @@ class TestOnS3:
         assert server.count("HEAD") == len(FILES)
 
 
+@pytest.mark.slow
 class TestHub:
     """In processes of their own: huggingface_hub reads its variables when it is imported."""
 

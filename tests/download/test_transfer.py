@@ -599,6 +599,7 @@ class TestResume:
         assert old
         assert [path.name for path in partial.iterdir()] == ["not-ours.partial"]
 
+    @pytest.mark.slow
     def test_a_killed_download_goes_on_where_it_was(
         self, server: s3.Server, weights: Path, model: Path
     ) -> None:
@@ -673,6 +674,7 @@ def child(variables: dict[str, str], barrier: Any = None) -> None:
     assert (download() / WEIGHTS).stat().st_size == 5 * RANGE + 1000
 
 
+@pytest.mark.slow
 def test_sixteen_processes_download_once(server: s3.Server, weights: Path) -> None:
     server.rate = 2_000_000
     barrier = PROCESSES.Barrier(16)
@@ -751,6 +753,7 @@ def test_a_disk_that_is_too_small(
     assert re.fullmatch(rf"{pattern}\n\[\] \[\]\n", out), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", ["pass", "transfer.DirectReader.read = lambda *_: iter(())"])
 def test_memory_stays_small_with_a_large_file_on_a_machine_with_many_cores(
     reading: str, server: s3.Server, weights: Path, tmp_path: Path
@@ -798,6 +801,7 @@ class TestManySmallFiles:
         monkeypatch.setattr(transfer, "PUBLISHERS", publishers)
         assert_complete(many, download())
 
+    @pytest.mark.slow
     def test_those_that_wait_for_a_slow_disk_are_few(
         self, many: s3.Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
