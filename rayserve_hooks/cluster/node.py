@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from rayserve_hooks.cluster.download_stage import download_caller
 from rayserve_hooks.cluster.travel import ModelSource
 from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.core import threads
@@ -61,6 +62,7 @@ async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) 
                 source.mirror,
                 getattr(ctx, mode),
                 from_hub=mode in recorder_of(ctx).assigned,
+                caller=download_caller(source.model_id),
             )
     except HookError:
         raise
