@@ -11,7 +11,7 @@ from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import HookError, Phase, RemoteCause, describe
+from rayserve_hooks.errors import HookError, Phase, RemoteCause, blame, describe
 
 
 def settle(
@@ -90,13 +90,7 @@ def step_error(ctx: CallbackCtx, phase: Phase, detail: str, path: str | None = N
     """
     setter = ctx.trace.who_changed(path) if path else None
     where = f"ctx.{path}: " if path else ""
-    return HookError(
-        callback=setter.callback if setter else None,
-        hook=setter.hook if setter else None,
-        node=str(ctx.node),
-        phase=phase,
-        detail=redact(f"{where}{detail}", recorder_of(ctx).values),
-    )
+    return blame(setter, ctx.node, phase, redact(f"{where}{detail}", recorder_of(ctx).values))
 
 
 def _without_secrets(error: BaseException, values: Mapping[str, Any]) -> BaseException:
