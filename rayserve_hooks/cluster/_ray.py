@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
 
 if TYPE_CHECKING:
-    from ray.llm._internal.common.callbacks.base import (
-        CallbackBase as CallbackBase,  # noqa: PLC0414 - says to mypy that it is exported
-    )
+    from ray.llm._internal.common.callbacks.base import CallbackBase as CallbackBase  # noqa: PLC0414 - for mypy it is exported so
     from ray.llm._internal.common.callbacks.base import CallbackConfig
     from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
@@ -24,6 +22,8 @@ if TYPE_CHECKING:
     from rayserve_hooks.download.model import Mirror
 
 HOOKS_CALLBACK = "rayserve_hooks.HooksCallback"
+_SLOT = "rayserve_hooks.cluster.slot"
+_CALLBACK_BASE = ("ray.llm._internal.common.callbacks.base", "CallbackBase")
 
 
 def __getattr__(name: str) -> Any:
@@ -38,28 +38,18 @@ def __getattr__(name: str) -> Any:
 def runs_hooks(named: str | type) -> bool:
     """Return whether a ``callback_class`` is ours, or Ray's default, which does nothing."""
     if isinstance(named, str):
-        return named.replace(":", ".") in (
-            HOOKS_CALLBACK,
-            "rayserve_hooks.cluster.slot.HooksCallback",
-        )
-    return _is_callback_base(named) or is_hooks_callback(named)
+        return named.replace(":", ".") in (HOOKS_CALLBACK, f"{_SLOT}.HooksCallback")
+    return (named.__module__, named.__name__) == _CALLBACK_BASE or is_hooks_callback(named)
 
 
 def is_ray_callback(cls: type) -> bool:
     """Return whether a class is written for Ray's own slot; Ray is not imported to find out."""
-    return any(_is_callback_base(base) for base in cls.__mro__)
-
-
-def _is_callback_base(cls: type) -> bool:
-    return (cls.__module__, cls.__name__) == (
-        "ray.llm._internal.common.callbacks.base",
-        "CallbackBase",
-    )
+    return any((base.__module__, base.__name__) == _CALLBACK_BASE for base in cls.__mro__)
 
 
 def is_hooks_callback(cls: type) -> bool:
     """Return whether a class is our own adapter to Ray's slot."""
-    return any(base.__module__ == "rayserve_hooks.cluster.slot" for base in cls.__mro__)
+    return any(base.__module__ == _SLOT for base in cls.__mro__)
 
 
 def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:
@@ -70,40 +60,30 @@ def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:
 
 
 def hooks_callback_config(stack: CallbackStack, raise_error: bool) -> CallbackConfig:
-    """Return a ``callback_config`` that names our adapter, with a stack instead of YAML's list.
-
-    Ray exports ``CallbackConfig`` nowhere; there is no other slot for callbacks.
-    """
+    """Return a ``callback_config`` that names our adapter, with a stack instead of YAML's list."""
     from ray.llm._internal.common.callbacks.base import CallbackConfig
 
-    return CallbackConfig(
-        callback_class=HOOKS_CALLBACK,
-        callback_kwargs={"stack": stack},
-        raise_error_on_callback=raise_error,
-    )
+    return CallbackConfig(HOOKS_CALLBACK, {"stack": stack}, raise_error)
 
 
 def in_replica() -> bool:
-    """Return whether this process is a Serve replica; Serve is not imported to find out."""
-    if "ray.serve" not in sys.modules:
-        return False
-    from ray.serve.context import _get_internal_replica_context
-
-    return _get_internal_replica_context() is not None
+    """Return whether this process is a Serve replica."""
+    return _replica_context() is not None
 
 
 def deployment_name(model_id: str) -> str:
-    """Return this process's application and deployment; outside of a replica the model's id.
+    """Return this process's application and deployment; outside of a replica the model's id."""
+    context = _replica_context()
+    return f"{context.app_name}/{context.deployment}" if context else model_id
 
-    Serve's public ``get_replica_context()`` raises outside of a replica, and importing
-    ``ray.serve`` to ask would cost a driver or node task half a second.
-    """
-    if not in_replica():
-        return model_id
-    from ray import serve
 
-    context = serve.get_replica_context()
-    return f"{context.app_name}/{context.deployment}"
+def _replica_context() -> Any:
+    # Importing ray.serve to find out would cost a driver or node process half a second.
+    if "ray.serve" not in sys.modules:
+        return None
+    from ray.serve.context import _get_internal_replica_context
+
+    return _get_internal_replica_context()
 
 
 def _engine(config: LLMConfig) -> Any:
@@ -165,10 +145,7 @@ def set_engine_kwargs(config: LLMConfig, kwargs: dict[str, Any]) -> None:
 
     ``update_engine_kwargs`` alone would pass an argument of vLLM's front end on to the engine,
     and an unknown one would fail much later; building the engine config anew sorts and checks
-    them as Ray does for the configured ones.
-
-    Raises:
-        ValueError: The engine has no such argument.
+    them as Ray does for the configured ones. An unknown one is a ``ValueError``.
     """
     engine = _engine(config)
     before = dict(config.engine_kwargs)
@@ -188,11 +165,8 @@ def own_node() -> NodeInfo:
     """Return the node of this process."""
     import ray
 
-    return NodeInfo(
-        id=ray.get_runtime_context().get_node_id(),
-        address=ray.util.get_node_ip_address(),
-        is_local=True,
-    )
+    node_id = ray.get_runtime_context().get_node_id()
+    return NodeInfo(node_id, ray.util.get_node_ip_address(), is_local=True)
 
 
 def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
@@ -206,7 +180,4 @@ def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
     if set(ids) == {own.id}:  # asking Ray for all nodes costs a round trip
         return [own]
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    return [
-        NodeInfo(node_id, addresses.get(node_id, "?"), is_local=node_id == own.id)
-        for node_id in ids
-    ]
+    return [NodeInfo(node, addresses.get(node, "?"), is_local=node == own.id) for node in ids]

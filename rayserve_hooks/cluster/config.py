@@ -88,18 +88,14 @@ class LLMConfig(RayLLMConfig):
         if not self.callbacks and not self.time_limits:
             return self
         settings = self.callback_config
+        already = settings.callback_kwargs.get("callbacks")
         ours = _ray.runs_hooks(settings.callback_class)
-        if not ours or settings.callback_kwargs.get("callbacks"):
-            already = settings.callback_kwargs.get("callbacks")
-            if not already or list(already) != self.callbacks:
-                raise CallbackConfigError(
-                    "both callbacks and callback_config are given; list all callbacks in callbacks"
-                )
-        stack = parse(
-            self.callbacks,
-            self.time_limits,
-            "raise" if settings.raise_error_on_callback else "warn",
-        )
+        if list(already) != self.callbacks if already else not ours:
+            raise CallbackConfigError(
+                "both callbacks and callback_config are given; list all callbacks in callbacks"
+            )
+        on_error = "raise" if settings.raise_error_on_callback else "warn"
+        stack = parse(self.callbacks, self.time_limits, on_error)
         problems = Problems()
         with problems.collected():
             manager_of(stack.for_deployment(_ray.deployment_name(self.model_id)).here())

@@ -1,8 +1,4 @@
-"""What the cluster gives to a download: Serve's logger, the deployment's name, and Ray's bar.
-
-``RAYSERVE_HOOKS_PROGRESS=1`` in a replica's environment shows a progress bar on the driver's
-terminal; on a driver a terminal has one anyway, unless the variable is ``0``.
-"""
+"""What the cluster gives to a download: Serve's logger, the deployment's name, and Ray's bar."""
 
 from __future__ import annotations
 
@@ -16,7 +12,11 @@ from rayserve_hooks.download.caller import Caller, ProgressBar
 
 
 def download_caller(model_id: str) -> Caller:
-    """Return the caller of this process's download, as which it logs, waits and is cancelled."""
+    """Return the caller of this process's download, as which it logs, waits and is cancelled.
+
+    ``RAYSERVE_HOOKS_PROGRESS=1`` in a replica's environment shows a progress bar on the driver's
+    terminal; on a driver a terminal has one anyway, unless the variable is ``0``.
+    """
     wanted = os.environ.get("RAYSERVE_HOOKS_PROGRESS", "1" if sys.stderr.isatty() else "0")
     return Caller(
         logger=logger,

@@ -19,11 +19,7 @@ _LOG_EVERY_S = 5.0
 
 
 class Placement:
-    """Finds, or creates, the placement group of one initialization.
-
-    Args:
-        ctx: The context, before any callback has run.
-    """
+    """Finds, or creates, the placement group of one initialization; made before the first hook."""
 
     def __init__(self, ctx: CallbackCtx) -> None:
         self._ctx = ctx
@@ -31,11 +27,7 @@ class Placement:
         self._created: PlacementGroup | None = None
 
     async def ready(self) -> PlacementGroup:
-        """Return the placement group once it is ready; the default one if there is no other.
-
-        Raises:
-            HookError: It cannot be had.
-        """
+        """Return the placement group once it is ready; the default one if there is no other."""
         ctx = self._ctx
         self._warn_of_reserved()
         group = ctx.placement_group

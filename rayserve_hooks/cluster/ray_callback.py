@@ -11,18 +11,11 @@ from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core import threads
 from rayserve_hooks.errors import CallbackConfigError
 
+_SHARED = ("placement_group", "runtime_env", "custom_data")
+
 
 def adapt_ray_callback(found: object, kwargs: Mapping[str, Any]) -> RayCallback | None:
-    """Return a plugin for a class that is written for Ray's own slot; None for anything else.
-
-    Args:
-        found: What the config names.
-        kwargs: Constructor arguments.
-
-    Raises:
-        CallbackConfigError: It is an instance, its constructor does not take these arguments, or
-            it is our own adapter to Ray's slot.
-    """
+    """Return a plugin for a class that is written for Ray's own slot; None for anything else."""
     cls = found if isinstance(found, type) else type(found)
     if not _ray.is_ray_callback(cls):
         return None
@@ -46,18 +39,10 @@ class RayCallback:
     there lands in ours. ``run_init_node = False`` means what it means in Ray: this callback has
     initialized the nodes itself. Ray has one download mode for all nodes; setting it sets both
     of ours.
-
-    Args:
-        cls: The subclass of ``CallbackBase``.
-        kwargs: Its ``callback_kwargs``.
-
-    Raises:
-        CallbackConfigError: Its constructor does not take these arguments.
     """
 
     def __init__(self, cls: type, kwargs: Mapping[str, Any]) -> None:
-        self._cls = cls
-        self._kwargs = dict(kwargs)
+        self._cls, self._kwargs = cls, dict(kwargs)
         self._instance: Any = None
         try:
             inspect.signature(cls).bind(
@@ -83,12 +68,8 @@ class RayCallback:
     def _run(self, method: str, ctx: CallbackCtx) -> Any:
         """Call one of Ray's methods and return the callback's own context."""
         mode = _ray.download_mode_of_ray(ctx.worker_node_download_model)
-        fields = {
-            "worker_node_download_model": mode,
-            "placement_group": ctx.placement_group,
-            "runtime_env": ctx.runtime_env,
-            "custom_data": ctx.custom_data,
-        }
+        shared = {name: getattr(ctx, name) for name in _SHARED}
+        fields = {"worker_node_download_model": mode, **shared}
         if self._instance is None:
             self._instance = self._cls(
                 llm_config=ctx.llm_config,
@@ -102,10 +83,9 @@ class RayCallback:
         result = getattr(self._instance, method)()
         if inspect.iscoroutine(result):
             threads.run_coroutine(result)
-        if theirs.worker_node_download_model is not mode:
-            ctx.local_node_download_model = theirs.worker_node_download_model
-            ctx.worker_node_download_model = theirs.worker_node_download_model
-        ctx.placement_group = theirs.placement_group
-        ctx.runtime_env = theirs.runtime_env
-        ctx.custom_data = theirs.custom_data
+        chosen = theirs.worker_node_download_model
+        if chosen is not mode:
+            ctx.local_node_download_model = ctx.worker_node_download_model = chosen
+        for name in shared:
+            setattr(ctx, name, getattr(theirs, name))
         return theirs

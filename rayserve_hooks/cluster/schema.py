@@ -23,7 +23,10 @@ def config_schema() -> dict[str, Any]:
     shipped = [name for name, ep in sorted(short_names().items()) if ep.value.startswith(_SHIPPED)]
     entry["allOf"] = [_arguments_of(name) for name in shipped]
     names = {"type": "string", "examples": sorted(short_names())}
-    ours = {"properties": {"callback_class": {"enum": [_ray.HOOKS_CALLBACK]}}}
+    ours = {
+        "properties": {"callback_class": {"enum": [_ray.HOOKS_CALLBACK]}},
+        "required": ["callback_class"],
+    }
     kwargs = {
         "type": "object",
         "properties": {
@@ -32,13 +35,8 @@ def config_schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }
-    llm_config = _inside("callback_config")
-    llm_config["properties"]["callback_config"] = {
-        "if": {**ours, "required": ["callback_class"]},
-        "then": {"properties": {"callback_kwargs": kwargs}},
-    }
-    args = _inside("llm_configs")
-    args["properties"]["llm_configs"] = {"items": llm_config}
+    config = {"if": ours, "then": {"properties": {"callback_kwargs": kwargs}}}
+    args = _inside("llm_configs", {"items": _inside("callback_config", config)})
     application = {"type": "object", "properties": {"args": args}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -49,8 +47,8 @@ def config_schema() -> dict[str, Any]:
     }
 
 
-def _inside(name: str) -> dict[str, Any]:
-    return {"type": ["object", "string"], "properties": {name: {}}}
+def _inside(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": ["object", "string"], "properties": {name: schema}}
 
 
 def _arguments_of(name: str) -> dict[str, Any]:

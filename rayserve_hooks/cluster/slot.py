@@ -52,17 +52,9 @@ class HooksCallback(CallbackBase):
         await getattr(self, method_name)()
 
     async def on_before_node_init(self) -> None:
-        """Run the whole path, hand the engine what it needs, and switch Ray's own step off.
-
-        Raises:
-            HookError: A callback or a node failed.
-        """
-        # Ray's YAML loader makes the base class of the public LLMConfig.
-        ctx = await initialize(
-            self.llm_config,  # type: ignore[arg-type]
-            self._stack,
-            self.ctx.placement_group,
-        )
+        """Run the whole path, hand the engine what it needs, and switch Ray's own step off."""
+        config: Any = self.llm_config  # Ray's YAML loader makes the base class of the public one
+        ctx = await initialize(config, self._stack, self.ctx.placement_group)
         self.ctx.placement_group = ctx.placement_group
         self.ctx.runtime_env = ctx.runtime_env
         self.ctx.run_init_node = False

@@ -11,8 +11,6 @@ from rayserve_hooks.core.manager import PluginManager, manager_of
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
-_SETTINGS = ("callbacks", "time_limits")
-
 
 def get_plugin_manager(config: Any) -> PluginManager:
     """Return this process's plugin manager of a deployment; the first call builds it.
@@ -30,14 +28,7 @@ def get_plugin_manager(config: Any) -> PluginManager:
 
 
 def stack_of(config: Any) -> CallbackStack:
-    """Return the callback stack of an ``LLMConfig``, ours or Ray's, for this process's deployment.
-
-    A callback of Ray's own kind that the config names instead of ``HooksCallback`` is a list of
-    one.
-
-    Raises:
-        CallbackConfigError: The list is malformed.
-    """
+    """Return the stack of a config, ours or Ray's, for the deployment of this process."""
     settings = config.callback_config
     stack = settings.callback_kwargs.get("stack")
     if not isinstance(stack, CallbackStack):
@@ -49,22 +40,12 @@ def stack_of(config: Any) -> CallbackStack:
 def parse_settings(
     callback_class: str | type, kwargs: Mapping[str, Any], on_error: str = "raise"
 ) -> CallbackStack:
-    """Read a ``callback_config`` as a YAML file holds it.
-
-    Args:
-        callback_class: What the config names: `HooksCallback`, or a callback of Ray's own kind,
-            which is then a list of one.
-        kwargs: Its ``callback_kwargs``.
-        on_error: What an entry that does not say does when it fails.
-
-    Raises:
-        CallbackConfigError: The list or a limit is malformed.
-    """
+    """Read a ``callback_config`` of a YAML file; a callback of Ray's own kind is a list of one."""
     if not _ray.runs_hooks(callback_class):
         entries = (CallbackEntry(callback_class, kwargs),)
         return CallbackStack(entries, on_error, adapt=adapt_ray_callback)
     problems = Problems()
-    for unknown in sorted(set(kwargs) - set(_SETTINGS)):
+    for unknown in sorted(set(kwargs) - {"callbacks", "time_limits"}):
         with problems.collected():
             raise CallbackConfigError(
                 f"callback_kwargs has unknown key {unknown!r}; HooksCallback takes 'callbacks', a "
@@ -78,9 +59,5 @@ def parse_settings(
 
 
 def parse(callbacks: object, time_limits: object, on_error: str) -> CallbackStack:
-    """Read a callback list that may name callbacks of Ray's own kind, too.
-
-    Raises:
-        CallbackConfigError: The list or a limit is malformed.
-    """
+    """Read a callback list that may name callbacks of Ray's own kind, too."""
     return CallbackStack.parse(callbacks, time_limits, on_error=on_error, adapt=adapt_ray_callback)
