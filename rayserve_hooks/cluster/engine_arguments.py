@@ -10,7 +10,7 @@ from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.failures import step_error
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import Phase, describe
 
 
 class Environment:
@@ -18,9 +18,6 @@ class Environment:
 
     Ray gives them to the other nodes' processes and to the engine's Ray workers. The replica's own
     callbacks, and the engine processes it forks, see this process's environment instead.
-
-    Args:
-        ctx: The context, before any callback has run.
     """
 
     def __init__(self, ctx: CallbackCtx) -> None:
@@ -28,11 +25,7 @@ class Environment:
         self._known = dict(ctx.runtime_env.get("env_vars") or {})
 
     def export(self) -> None:
-        """Set and unset what callbacks have changed since the last time.
-
-        Raises:
-            HookError: A value is no string; names the callback that set it.
-        """
+        """Set and unset what callbacks have changed since the last time."""
         now = dict(self._ctx.runtime_env.get("env_vars") or {})
         for name in self._known.keys() - now.keys():
             os.environ.pop(name, None)
@@ -41,23 +34,18 @@ class Environment:
                 try:
                     os.environ[name] = value
                 except (TypeError, ValueError) as error:
-                    path = f"runtime_env.env_vars.{name}"
-                    detail = describe(error)
+                    path, detail = f"runtime_env.env_vars.{name}", describe(error)
                     raise step_error(self._ctx, Phase.BEFORE_INIT, detail, path) from error
         self._known = now
 
 
 def merge(ctx: CallbackCtx, reply: NodeReply) -> None:
-    """Merge another node's ``extra_init_kwargs`` into ours; the earlier value stays.
-
-    What has no effect there is said in the log.
-    """
-    node = reply.result.node
+    """Merge another node's ``extra_init_kwargs`` into ours; the earlier value stays."""
+    node, theirs = reply.result.node, reply.extra_init_kwargs
     merged = dict(ctx.extra_init_kwargs)
     for entry in reply.trace:
         for path in entry.changed:
-            field, _, name = path.partition(".")
-            name = name.partition(".")[0]
+            field, name = f"{path}.".split(".")[:2]
             if field in ("runtime_env", "placement_group"):
                 logger.warning(
                     "callback %r set ctx.%s in %s on node %s, where it has no effect; set it in "
@@ -67,12 +55,8 @@ def merge(ctx: CallbackCtx, reply: NodeReply) -> None:
                     entry.hook,
                     node,
                 )
-            if field != "extra_init_kwargs" or name not in reply.extra_init_kwargs:
-                continue
-            value = reply.extra_init_kwargs[name]
-            if name not in merged or merged[name] == value:
-                merged[name] = value
-            else:
+            ours = field == "extra_init_kwargs" and name in theirs
+            if ours and merged.setdefault(name, theirs[name]) != theirs[name]:
                 logger.warning(
                     "callback %r set ctx.%s to another value on node %s than is set already; "
                     "the earlier value stays",
@@ -84,31 +68,23 @@ def merge(ctx: CallbackCtx, reply: NodeReply) -> None:
 
 
 def set_model_path(ctx: CallbackCtx) -> None:
-    """Make the engine load the model from where the nodes have it.
-
-    Raises:
-        HookError: Nodes report different paths.
-    """
+    """Make the engine load the model from where the nodes have it; it must be one path."""
     reported = [ctx.handled] if ctx.handled is not None else ctx.nodes.values()
     paths = {str(source.model_path) for source in reported if source.model_path is not None}
     if len(paths) > 1:
         where = ", ".join(f"{result.node}: {result.model_path!r}" for result in ctx.nodes.values())
-        raise HookError(
-            node=str(ctx.node),
-            phase=Phase.DOWNLOAD,
-            detail=f"the engine needs one model path on all nodes, got {where}; return the same "
-            "path on each, for example by a symbolic link",
+        raise step_error(
+            ctx,
+            Phase.DOWNLOAD,
+            f"the engine needs one model path on all nodes, got {where}; return the same path on "
+            "each, for example by a symbolic link",
         )
     for path in paths:
         _ray.set_model_path(ctx.llm_config, path)
 
 
 def set_engine_kwargs(ctx: CallbackCtx) -> None:
-    """Merge ``ctx.extra_init_kwargs`` into the engine's keyword arguments.
-
-    Raises:
-        HookError: The engine has no such argument; names the callback that set it.
-    """
+    """Merge ``ctx.extra_init_kwargs`` into the engine's keyword arguments."""
     for name, value in ctx.extra_init_kwargs.items():
         try:
             _ray.set_engine_kwargs(ctx.llm_config, {name: value})

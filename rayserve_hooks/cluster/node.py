@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 from rayserve_hooks.cluster.download_stage import download_caller
 from rayserve_hooks.cluster.travel import ModelSource
-from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
+from rayserve_hooks.context import CallbackCtx, NodeResult
 from rayserve_hooks.core import threads
+from rayserve_hooks.core.failures import step_error
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.core.running import call_hook, time_limit
 from rayserve_hooks.download.model import download_node
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import Phase, describe
 
 
 async def initialize_this_node(
@@ -24,17 +25,7 @@ async def initialize_this_node(
 ) -> NodeResult:
     """Run the per-node hook and, unless it brings the model, the default download.
 
-    Args:
-        manager: The callbacks.
-        ctx: The context of this node.
-        source: Where the model is.
-        on_phase: Called with each phase as it begins.
-
-    Returns:
-        The result, still without ``custom_data``: a background task may be filling it.
-
-    Raises:
-        HookError: A callback or the download failed, or took longer than its time limit.
+    The result is still without ``custom_data``: a background task may be filling it.
     """
     on_phase(Phase.BEFORE_DOWNLOAD)
     started = time.perf_counter()
@@ -50,9 +41,9 @@ async def initialize_this_node(
 
 
 async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) -> str | None:
-    mode = _mode_field(ctx.node)
-    try:
-        async with time_limit("download", limit, ctx, Phase.DOWNLOAD):
+    mode = "local_node_download_model" if ctx.node.is_local else "worker_node_download_model"
+    async with time_limit("download", limit, ctx, Phase.DOWNLOAD):
+        try:
             return await threads.run_in_thread(
                 download_node,
                 source.model_id,
@@ -61,11 +52,5 @@ async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) 
                 from_hub=mode in recorder_of(ctx).assigned,
                 caller=download_caller(source.model_id),
             )
-    except HookError:
-        raise
-    except Exception as error:
-        raise HookError(node=str(ctx.node), phase=Phase.DOWNLOAD, detail=describe(error)) from error
-
-
-def _mode_field(node: NodeInfo) -> str:
-    return "local_node_download_model" if node.is_local else "worker_node_download_model"
+        except Exception as error:
+            raise step_error(ctx, Phase.DOWNLOAD, describe(error)) from error
