@@ -11,7 +11,7 @@ from rayserve_hooks.cluster.node import initialize_this_node
 from rayserve_hooks.cluster.remote_node import RemoteNode
 from rayserve_hooks.cluster.stacks import stack_of
 from rayserve_hooks.cluster.supervision import Initialization
-from rayserve_hooks.cluster.travel import ModelSource, NodeReply, request_for
+from rayserve_hooks.cluster.travel import ModelSource, request_for
 from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.core.running import with_background
 from rayserve_hooks.core.stack import CallbackStack
@@ -93,18 +93,14 @@ async def _initialize_nodes(this: Initialization, nodes: list[NodeInfo]) -> None
         for node in others:
             request = request_for(node, ctx, this.manager.stack, source, config)
             this.others.append(RemoteNode(request, ctx.runtime_env))
-    waits: list[Awaitable[NodeReply | NodeResult]] = [node.wait() for node in this.others]
+    waits: list[Awaitable[NodeResult]] = [node.wait() for node in this.others]
     if len(others) < len(nodes):
         waits.append(initialize_this_node(this.manager, ctx, source, this.enter))
-    outcomes = await _all(waits)
+    results = {result.node.id: result for result in await _all(waits)}
     for other in this.others:
+        assert other.reply is not None
         ctx.trace.extend(other.trace)
-    results: dict[str, NodeResult] = {}
-    for outcome in outcomes:
-        if isinstance(outcome, NodeReply):
-            engine_arguments.merge(ctx, outcome)
-        result = outcome.unpacked() if isinstance(outcome, NodeReply) else outcome
-        results[result.node.id] = result
+        engine_arguments.merge(ctx, other.reply)
     this.recorder.set_nodes({node.id: results[node.id] for node in nodes})
 
 

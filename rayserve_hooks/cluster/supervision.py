@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.cluster import _ray
@@ -17,7 +17,7 @@ from rayserve_hooks.core.failures import step_error
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.masking import redact
-from rayserve_hooks.core.recorder import Recorder, recorder_of
+from rayserve_hooks.core.recorder import Recorder
 from rayserve_hooks.core.running import call_hook, clean_up, timed_out
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.errors import HookError, Phase, describe
@@ -33,14 +33,7 @@ _LOG_EVERY_S = 5.0
 
 
 class Initialization:
-    """One initialization, and how far it has come.
-
-    Args:
-        config: The deployment's config.
-        stack: Its callbacks.
-        placement_group: The group that callbacks find in the context; by default the one this
-            process runs in.
-    """
+    """One initialization, and how far it has come."""
 
     def __init__(
         self, config: LLMConfig, stack: CallbackStack, placement_group: PlacementGroup | None
@@ -60,6 +53,7 @@ class Initialization:
         self.placement = Placement(self.ctx)
         self.phase = Phase.BEFORE_INIT
         self.others: list[RemoteNode] = []
+        self._name = stack.deployment
         self._started = time.perf_counter()
 
     def enter(self, phase: Phase) -> None:
@@ -72,11 +66,7 @@ class Initialization:
 
     @contextlib.asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
-        """Run the block within the limit of the whole, saying what runs; clean up if it fails.
-
-        Raises:
-            HookError: What has failed, cleaned up.
-        """
+        """Run the block within the limit of the whole, saying what runs; clean up if it fails."""
         heartbeat = asyncio.create_task(self._log_still_running())
         limit = self.manager.stack.time_limits.total
         try:
@@ -86,10 +76,11 @@ class Initialization:
             except TimeoutError as expired:
                 if limit is None or not deadline.expired():
                     raise
-                rest = f"; still running: {'; '.join(self._running()) or 'no node'}"
+                rest = f"; still running: {self._running()}"
                 raise timed_out("total", limit, self.ctx, self.phase, rest) from expired
         except BaseException as raised:  # whatever ends the initialization, it is cleaned up
-            error = self._as_hook_error(raised)
+            ordinary = isinstance(raised, Exception) and not isinstance(raised, HookError)
+            error = step_error(self.ctx, self.phase, describe(raised)) if ordinary else raised
             await self._fail(error)
             if error is raised:
                 raise
@@ -100,19 +91,13 @@ class Initialization:
             node.end()
         self._log_summary()
 
-    def _as_hook_error(self, raised: BaseException) -> BaseException:
-        """Return every ordinary failure in the same form; exits and cancellations as they are."""
-        if isinstance(raised, HookError) or not isinstance(raised, Exception):
-            return raised
-        return step_error(self.ctx, self.phase, describe(raised))
-
     async def _fail(self, error: BaseException) -> None:
         """Stop what is running, let the callbacks clean up, and remove what was created."""
         self.phase = Phase.CLEAN_UP
         try:
             failures = await asyncio.gather(*(node.clean_up(error) for node in self.others))
-            for node in self.others:
-                self.ctx.trace.extend(node.trace)
+            for node in self.others:  # their calls are there already if all of them had ended well
+                self.ctx.trace.extend([call for call in node.trace if call not in self.ctx.trace])
             here = await clean_up(self.manager, self.ctx, error)
             if isinstance(error, HookError):
                 error.cleanup_errors.extend([*itertools.chain(*failures), *here])
@@ -120,14 +105,10 @@ class Initialization:
             self.placement.remove()
         logger.error(
             "initialization of %s failed after %.2f s; what ran until then:\n%s",
-            self._deployment,
+            self._name,
             self._seconds,
             self.ctx.trace.table(),
         )
-
-    @property
-    def _deployment(self) -> str:
-        return self.manager.stack.deployment
 
     @property
     def _seconds(self) -> float:
@@ -136,33 +117,27 @@ class Initialization:
     async def _log_still_running(self) -> None:
         while True:
             await asyncio.sleep(_LOG_EVERY_S)
-            logger.info(
-                "initialization of %s after %.0f s: %s",
-                self._deployment,
-                self._seconds,
-                "; ".join(self._running()),
-            )
+            running = self._running()
+            logger.info("initialization of %s after %.0f s: %s", self._name, self._seconds, running)
 
-    def _running(self) -> Iterator[str]:
-        """Yield for each node that is not ready what runs there."""
-        busy = [node for node in self.others if not node.ended]
-        for node in busy:
-            yield _doing(node.phase or "waiting for a worker process", node.node, node.running)
-        running = recorder_of(self.ctx).running
-        if running is not None or not busy:
-            yield _doing(self.phase, self.ctx.node, running)
+    def _running(self) -> str:
+        """Return what runs, on each node that is not ready."""
+        doing = [
+            _doing(node.phase or "waiting for a worker process", node.node, node.running)
+            for node in self.others
+            if not node.ended
+        ]
+        if self.recorder.running is not None or not doing:
+            doing.append(_doing(self.phase, self.ctx.node, self.recorder.running))
+        return "; ".join(doing)
 
     def _log_summary(self) -> None:
-        handled = self.ctx.handled
-        reason = redact(handled.reason, self.recorder.values) if handled else ""
-        logger.info(
-            "initialized %s in %.2f s: %d node(s), callbacks %s%s",
-            self._deployment,
-            self._seconds,
-            len(self.ctx.nodes),
-            ", ".join(entry.name for entry in self.manager.stack.entries) or "none",
-            f", handled by a callback: {reason or 'no reason given'}" if handled else "",
-        )
+        ran = ", ".join(entry.name for entry in self.manager.stack.entries) or "none"
+        if self.ctx.handled is not None:
+            reason = redact(self.ctx.handled.reason, self.recorder.values)
+            ran += f", handled by a callback: {reason or 'no reason given'}"
+        text = "initialized %s in %.2f s: %d node(s), callbacks %s"
+        logger.info(text, self._name, self._seconds, len(self.ctx.nodes), ran)
         logger.debug("%r", self.ctx.trace)
 
 

@@ -12,8 +12,10 @@ from rayserve_hooks.context import CallbackCtx, DeferredConfig, NodeInfo, NodeRe
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.download.model import Mirror
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import Phase, blame, describe
 from rayserve_hooks.trace import TraceEntry
+
+Setters = dict[str, TraceEntry | None]  # by key of custom_data, the call that set it
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class NodeRequest:
     fields: dict[str, Any]
     assigned: frozenset[str]
     custom_data: dict[str, bytes]
+    custom_data_setters: Setters
 
 
 @dataclass(frozen=True)
@@ -60,38 +63,15 @@ class NodeReply:
         return replace(self.result, custom_data=load_custom_data(self.custom_data))
 
 
-@dataclass(frozen=True)
-class CleanUp:
-    """What failed in ``on_init_failed`` on a node, and all calls of its process."""
-
-    failures: list[HookError]
-    trace: list[TraceEntry]
-
-
 def request_for(
     node: NodeInfo, ctx: CallbackCtx, stack: CallbackStack, source: ModelSource, config: bytes
 ) -> NodeRequest:
-    """Return what travels to another node; the counterpart of `context_of`.
-
-    Raises:
-        HookError: A value in ``ctx.custom_data`` cannot be pickled.
-    """
-    fields = {
-        "local_node_download_model": ctx.local_node_download_model,
-        "worker_node_download_model": ctx.worker_node_download_model,
-        "placement_group": ctx.placement_group,
-        "runtime_env": ctx.runtime_env,
-        "extra_init_kwargs": ctx.extra_init_kwargs,
-    }
-    return NodeRequest(
-        stack,
-        node,
-        source,
-        config,
-        fields,
-        frozenset(recorder_of(ctx).assigned),
-        pack_custom_data(ctx),
-    )
+    """Return what travels to another node; the counterpart of `context_of`."""
+    recorder = recorder_of(ctx)
+    fields = {name: value for name, value in recorder.values.items() if name != "custom_data"}
+    assigned, packed = frozenset(recorder.assigned), pack_custom_data(ctx)
+    setters = {key: ctx.trace.who_changed(f"custom_data.{key}") for key in packed}
+    return NodeRequest(stack, node, source, config, fields, assigned, packed, setters)
 
 
 def context_of(
@@ -113,11 +93,10 @@ def load_custom_data(packed: dict[str, bytes]) -> dict[str, Any]:
     return {key: pickle.loads(data) for key, data in packed.items()}
 
 
-def pack_custom_data(ctx: CallbackCtx) -> dict[str, bytes]:
+def pack_custom_data(ctx: CallbackCtx, set_before: Setters | None = None) -> dict[str, bytes]:
     """Pickle ``ctx.custom_data`` key by key, so that one that cannot travel is an error naming it.
 
-    Raises:
-        HookError: A value cannot be pickled; names its key and the callback that set it.
+    ``set_before`` has the setters of what came with the request.
     """
     from ray import cloudpickle
 
@@ -126,13 +105,12 @@ def pack_custom_data(ctx: CallbackCtx) -> dict[str, bytes]:
         try:
             packed[key] = cloudpickle.dumps(value)
         except Exception as error:  # any class can refuse in its own way
-            setter = ctx.trace.who_changed(f"custom_data.{key}")
-            raise HookError(
-                callback=setter.callback if setter else None,
-                hook=setter.hook if setter else None,
-                node=str(ctx.node),
-                phase=Phase.BEFORE_DOWNLOAD,
-                detail=f"ctx.custom_data[{key!r}] cannot be sent to another process: "
-                f"{describe(error)}; store plain data there and keep the object on the callback",
+            here = ctx.trace.who_changed(f"custom_data.{key}")
+            raise blame(
+                here or (set_before or {}).get(key),
+                ctx.node,
+                Phase.BEFORE_DOWNLOAD,
+                f"ctx.custom_data[{key!r}] cannot be sent to another process: {describe(error)}; "
+                "store plain data there and keep the object on the callback",
             ) from error
     return packed
