@@ -5,15 +5,14 @@ __version__ = "0.2.0.dev0"  # a literal on top: the build reads it without impor
 import importlib
 from typing import TYPE_CHECKING
 
-from rayserve_hooks.context import CallbackCtx, Handled, NodeModelDownloadable
-from rayserve_hooks.core.manager import get_plugin_manager
-from rayserve_hooks.errors import HookError
-from rayserve_hooks.hookspecs import RayServeLLMCallback, hookimpl, hookspec
-
 if TYPE_CHECKING:
     from rayserve_hooks.cluster.config import LLMConfig
     from rayserve_hooks.cluster.initialize import initialize_node
     from rayserve_hooks.cluster.slot import HooksCallback
+    from rayserve_hooks.cluster.stacks import get_plugin_manager
+    from rayserve_hooks.context import CallbackCtx, Handled, NodeModelDownloadable
+    from rayserve_hooks.errors import HookError
+    from rayserve_hooks.hookspecs import RayServeLLMCallback, hookimpl, hookspec
 
 __all__ = [
     "CallbackCtx",
@@ -30,19 +29,27 @@ __all__ = [
     "initialize_node",
 ]
 
-# Ray costs seconds to import, and a node task, a callback's module and the command line need none
-# of these three: PEP 562 loads each at its first use.
-_NEEDS_RAY = {
-    "HooksCallback": "rayserve_hooks.cluster.slot",
-    "LLMConfig": "rayserve_hooks.cluster.config",
-    "initialize_node": "rayserve_hooks.cluster.initialize",
+# Ray costs seconds to import, and a node's process, a callback's module and the command line need
+# nothing of it: PEP 562 loads each name at its first use.
+_HOMES = {
+    "CallbackCtx": "context",
+    "Handled": "context",
+    "HookError": "errors",
+    "HooksCallback": "cluster.slot",
+    "LLMConfig": "cluster.config",
+    "NodeModelDownloadable": "context",
+    "RayServeLLMCallback": "hookspecs",
+    "get_plugin_manager": "cluster.stacks",
+    "hookimpl": "hookspecs",
+    "hookspec": "hookspecs",
+    "initialize_node": "cluster.initialize",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _NEEDS_RAY:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_NEEDS_RAY[name]), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -9,15 +9,15 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rayserve_hooks.cluster._ray import HOOKS_CALLBACK
+from rayserve_hooks.cluster.stacks import parse_settings
+from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.loading import short_names
-from rayserve_hooks.core.manager import PluginManager, enabled, parse_stack
+from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.errors import CallbackConfigError, Problems
-from rayserve_hooks.hookspecs import HOOKS
 from rayserve_hooks.trace import format_table
 
 Row = dict[str, Any]
@@ -149,15 +149,12 @@ def _read(path: str) -> Mapping[str, Any]:
 
 def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
     settings = llm_config.get("callback_config") or {}
-    stack = parse_stack(
-        deployment,
+    stack = parse_settings(
         settings.get("callback_class") or HOOKS_CALLBACK,
         settings.get("callback_kwargs") or {},
-        on_error="raise" if settings.get("raise_error_on_callback", True) else "warn",
-    )
-    entries = enabled(stack.entries)
-    here = tuple(entry for entry in entries if not entry.only_on_cluster)
-    manager = PluginManager(replace(stack, entries=here))
+        "raise" if settings.get("raise_error_on_callback", True) else "warn",
+    ).for_deployment(deployment)
+    manager = PluginManager(stack.here())
     for hook in HOOKS:
         impls = reversed(getattr(manager.hook, hook).get_hookimpls())
         for position, impl in enumerate(impls, start=1):
@@ -176,7 +173,7 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
                 "distribution": _distribution_of(function.__module__),
                 "source": _source(function),
             }
-    for position, entry in enumerate(entries, start=1):
+    for position, entry in enumerate(stack.entries, start=1):
         if entry.only_on_cluster:
             yield {
                 "deployment": deployment,
@@ -185,7 +182,7 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
                 "callback": entry.name,
                 "options": ["only_on_cluster"],
                 "distribution": "",
-                "source": entry.target,
+                "source": str(entry.target),
             }
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import difflib
 import enum
-import inspect
 import os
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, overload
 
-from rayserve_hooks.core import threads as aio
-from rayserve_hooks.trace import Trace, TraceEntry, changes_between, snapshot
+from rayserve_hooks.trace import Trace, TraceEntry
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -49,7 +47,11 @@ class NodeModelDownloadable(enum.Enum):
         )
 
 
-DownloadMode = NodeModelDownloadable | str | enum.Enum
+DownloadMode = (
+    NodeModelDownloadable
+    | Literal["MODEL_AND_TOKENIZER", "TOKENIZER_ONLY", "EXCLUDE_SAFETENSORS", "NONE"]
+    | enum.Enum
+)
 """What may be assigned as a download mode: our enum, its plain name, or Ray's enum."""
 
 
@@ -64,6 +66,7 @@ class Handled:
 
     Raises:
         TypeError: ``model_path`` or ``reason`` has another type.
+        ValueError: ``model_path`` is empty.
     """
 
     model_path: str | os.PathLike[str] | None = None
@@ -122,16 +125,42 @@ class NodeResult:
 
 
 @dataclass(frozen=True)
-class BackgroundTask:
-    """What a callback started with ``ctx.run_in_background``.
+class DeferredConfig:
+    """A config that is loaded when a callback first touches ``ctx.llm_config``.
 
-    Attributes:
-        entry: Its line in the trace, with the callback and hook that started it.
-        call: The running function.
+    Loading one imports Ray's ``LLMConfig``, which takes seconds; most node processes never need it.
+
+    Args:
+        load: Returns the config.
     """
 
-    entry: TraceEntry
-    call: aio.ThreadCall[Any]
+    load: Callable[[], LLMConfig]
+
+
+class Recording(Protocol):
+    """What a context needs of the recorder that watches the running calls."""
+
+    running: TraceEntry | None
+
+    def note_assignment(self, name: str) -> None: ...
+
+    def run_in_background(self, fn: Callable[..., Any], *args: Any) -> Future[Any]: ...
+
+
+@dataclass(slots=True)
+class CtxState:
+    """What is behind a `CallbackCtx`.
+
+    Only `rayserve_hooks.core.recorder` uses it besides the context itself.
+    """
+
+    llm_config: Any
+    node: NodeInfo
+    nodes: dict[str, NodeResult]
+    handled: Handled | None
+    values: dict[str, Any] = field(default_factory=dict)
+    trace: Trace = field(default_factory=Trace)
+    recorder: Recording | None = None
 
 
 T = TypeVar("T")
@@ -155,15 +184,22 @@ class _Field(Generic[Get, Set]):
     def __get__(self, ctx: CallbackCtx | None, owner: type) -> Get | _Field[Get, Set]:
         if ctx is None:
             return self
-        return ctx._values[self._name]  # type: ignore[no-any-return]
+        return ctx._state.values[self._name]  # type: ignore[no-any-return]
 
     def __set__(self, ctx: CallbackCtx, value: Set) -> None:
+        state = ctx._state
         try:
-            ctx._values[self._name] = self._parse(value)
-            if ctx._running is not None:
-                ctx._assigned.add(self._name)
+            state.values[self._name] = self._parse(value)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{ctx._who()}cannot set ctx.{self._name}: {error}") from None
+            raise type(error)(_blamed(state, f"cannot set ctx.{self._name}: {error}")) from None
+        if state.recorder is not None:
+            state.recorder.note_assignment(self._name)
+
+
+def _blamed(state: CtxState, text: str) -> str:
+    """Return an error's text with the name of the callback that is running, if one is."""
+    running = state.recorder and state.recorder.running
+    return f"callback {running.callback!r}: {text}" if running else text
 
 
 def _parse_dict(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,7 +224,12 @@ class CallbackCtx:
     """The state of one node initialization; hooks read and change it.
 
     Every assignment is checked at once. On the replica's own node all hooks share one context;
-    each other node gets a copy.
+    each other node gets a copy. ``CallbackCtx(llm_config=config)`` makes one for a test, without
+    Ray; ``config`` may be a stand-in.
+
+    Args:
+        llm_config: The deployment's config; all other arguments are optional and set the field of
+            their name.
 
     Attributes:
         llm_config: The deployment's config. Read-only: assigning it raises.
@@ -197,7 +238,7 @@ class CallbackCtx:
         placement_group: The Ray placement group whose nodes are initialized. None until a
             callback sets it or, after ``on_before_init``, the default one is created; inside a
             Serve replica it is Serve's from the start.
-        runtime_env: The runtime environment of the per-node tasks and the engine's workers.
+        runtime_env: The runtime environment of the node processes and the engine's workers.
         extra_init_kwargs: Merged into the engine's keyword arguments before the engine starts.
         custom_data: The callbacks' own shared state.
         handled: What a callback returned from ``on_before_init`` to take over the initialization;
@@ -206,24 +247,10 @@ class CallbackCtx:
         nodes: By node id, what each node's initialization left; empty before the downloads.
             Read-only.
         trace: Who ran, where, how long, and what each one changed. Read-only.
-    """
 
-    __slots__ = (
-        "_assigned",
-        "_attempt",
-        "_background",
-        "_before",
-        "_config_loader",
-        "_conflicts",
-        "_handled",
-        "_node",
-        "_nodes",
-        "_on_call",
-        "_role",
-        "_running",
-        "_trace",
-        "_values",
-    )
+    Raises:
+        TypeError, ValueError: A value does not fit its field.
+    """
 
     local_node_download_model = _Field[NodeModelDownloadable, DownloadMode](
         NodeModelDownloadable.parse
@@ -241,77 +268,51 @@ class CallbackCtx:
     def __init__(
         self,
         *,
-        llm_config: LLMConfig | Callable[[], LLMConfig],
-        node: NodeInfo,
-        role: str = "driver",
-        attempt: int = 1,
-        on_call: Callable[[TraceEntry], None] | None = None,
-        **fields: Any,
+        llm_config: Any,
+        node: NodeInfo | None = None,
+        local_node_download_model: DownloadMode = NodeModelDownloadable.MODEL_AND_TOKENIZER,
+        worker_node_download_model: DownloadMode = NodeModelDownloadable.MODEL_AND_TOKENIZER,
+        placement_group: PlacementGroup | None = None,
+        runtime_env: dict[str, Any] | None = None,
+        extra_init_kwargs: dict[str, Any] | None = None,
+        custom_data: dict[str, Any] | None = None,
+        nodes: Mapping[str, NodeResult] | None = None,
+        handled: Handled | None = None,
     ) -> None:
-        """Make the context of one process.
+        node = node or NodeInfo("local", "127.0.0.1", is_local=True)
+        object.__setattr__(self, "_state", CtxState(llm_config, node, dict(nodes or {}), handled))
+        self.local_node_download_model = local_node_download_model
+        self.worker_node_download_model = worker_node_download_model
+        self.placement_group = placement_group
+        self.runtime_env = {} if runtime_env is None else runtime_env
+        self.extra_init_kwargs = {} if extra_init_kwargs is None else extra_init_kwargs
+        self.custom_data = {} if custom_data is None else custom_data
 
-        Args:
-            llm_config: The config, or a function that loads it at the first use.
-            node: The node of this process.
-            role: ``"replica"``, ``"node"`` or ``"driver"``, for the trace.
-            attempt: How often Ray has started this node's task, for the trace.
-            on_call: Told of each call of a callback before it starts.
-            **fields: Initial values of the read/write fields.
-
-        Raises:
-            TypeError, ValueError: A value does not fit its field.
-            AttributeError: An unknown field.
-        """
-        set_slot = object.__setattr__
-        set_slot(self, "_config_loader", llm_config)
-        set_slot(self, "_handled", None)
-        set_slot(self, "_node", node)
-        set_slot(self, "_nodes", {})
-        set_slot(self, "_role", role)
-        set_slot(self, "_attempt", attempt)
-        set_slot(self, "_on_call", on_call)
-        set_slot(self, "_background", [])
-        set_slot(self, "_assigned", set())
-        set_slot(self, "_running", None)
-        set_slot(self, "_trace", Trace())
-        set_slot(self, "_conflicts", {})
-        set_slot(
-            self,
-            "_values",
-            {
-                "local_node_download_model": NodeModelDownloadable.MODEL_AND_TOKENIZER,
-                "worker_node_download_model": NodeModelDownloadable.MODEL_AND_TOKENIZER,
-                "placement_group": None,
-                "runtime_env": {},
-                "extra_init_kwargs": {},
-                "custom_data": {},
-            },
-        )
-        for name, value in fields.items():
-            setattr(self, name, value)
-        set_slot(self, "_before", snapshot(self._values))
+    if TYPE_CHECKING:
+        _state: CtxState  # set past __setattr__, which type checkers do not see
 
     @property
     def llm_config(self) -> LLMConfig:
-        if callable(self._config_loader):
-            object.__setattr__(self, "_config_loader", self._config_loader())
-        return self._config_loader  # type: ignore[no-any-return]
+        state = self._state
+        if isinstance(state.llm_config, DeferredConfig):
+            state.llm_config = state.llm_config.load()
+        return state.llm_config  # type: ignore[no-any-return]
 
     @property
     def handled(self) -> Handled | None:
-        return self._handled  # type: ignore[no-any-return]
+        return self._state.handled
 
     @property
     def node(self) -> NodeInfo:
-        return self._node  # type: ignore[no-any-return]
+        return self._state.node
 
     @property
     def nodes(self) -> Mapping[str, NodeResult]:
-        return MappingProxyType(self._nodes)
+        return MappingProxyType(self._state.nodes)
 
     @property
     def trace(self) -> Trace:
-        return self._trace  # type: ignore[no-any-return]
+        return self._state.trace
 
     @overload
     def run_in_background(
@@ -333,123 +334,48 @@ class CallbackCtx:
             *args: Its arguments.
 
         Returns:
-            The result to come; nobody needs to wait for it.
+            The result to come; awaiting it is optional.
 
         Raises:
             RuntimeError: No hook is running.
         """
-        running = self._running
-        if running is None:
+        recorder = self._state.recorder
+        if recorder is None or recorder.running is None:
             raise RuntimeError("ctx.run_in_background() works in hooks only; call it from a hook")
-        name = getattr(fn, "__name__", type(fn).__name__)
-        entry = self._entry(running.callback, running.hook, background=name)
+        return recorder.run_in_background(fn, *args)
 
-        def run() -> Any:
-            outcome = "failed"
-            try:
-                result = fn(*args)
-                if inspect.isawaitable(result):
-                    result = aio.run_coroutine(result)
-                outcome = "returned"
-                return result
-            finally:
-                entry.finish(outcome)
+    # Hidden from type checkers, for which a name that is not declared must not exist.
+    if not TYPE_CHECKING:
 
-        call = aio.start_in_thread(run)
-        self._background.append(BackgroundTask(entry, call))
-        return call.future
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in _READ_WRITE:
+                object.__setattr__(self, name, value)
+                return
+            text = _unknown_field(name)
+            if name in _READ_ONLY:
+                text = f"ctx.{name} is read-only; change one of {', '.join(_READ_WRITE)}"
+            raise AttributeError(_blamed(self._state, text))
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _READ_WRITE:
-            object.__setattr__(self, name, value)
-            return
-        if name in _READ_ONLY:
-            raise AttributeError(
-                f"{self._who()}ctx.{name} is read-only; change one of {', '.join(_READ_WRITE)}"
-            )
-        raise AttributeError(self._unknown_field(name))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # pickle and copy probe for their own names
-            raise AttributeError(name)
-        raise AttributeError(self._unknown_field(name))
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):  # pickle and copy probe for their own names
+                raise AttributeError(name)
+            raise AttributeError(_blamed(self._state, _unknown_field(name)))
 
     def __repr__(self) -> str:
         # Values of dicts stay out: env_vars and engine arguments may hold secrets.
         fields = ", ".join(
             f"{name}={sorted(map(str, value)) if isinstance(value, dict) else value}"
-            for name, value in self._values.items()
+            for name, value in self._state.values.items()
         )
-        return f"CallbackCtx(node={self.node}, {fields}, nodes={sorted(self._nodes)})"
+        return f"CallbackCtx(node={self.node}, {fields}, nodes={sorted(self.nodes)})"
 
-    def _who(self) -> str:
-        return f"callback {self._running.callback!r}: " if self._running else ""
 
-    def _unknown_field(self, name: str) -> str:
-        known = (*_READ_WRITE, *_READ_ONLY)
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
-        return f"{self._who()}CallbackCtx has no field {name!r}; {hint}"
-
-    # Below is the side of the manager, which brackets each call of a callback so that errors, the
-    # trace and conflicts can name who is running, and of the initialization.
-
-    def _begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
-        outer = self._running
-        if outer is not None:  # a hook call inside a callback: charge it with its own changes
-            self._note_changes(outer)
-        entry = self._entry(callback, hook)
-        if self._on_call is not None:
-            self._on_call(entry)
-        object.__setattr__(self, "_running", entry)
-        return entry, outer
-
-    def _entry(self, callback: str, hook: str, background: str = "") -> TraceEntry:
-        entry = TraceEntry(
-            callback,
-            hook,
-            self._role,
-            self._node.id,
-            background=background,
-            attempt=self._attempt,
-        )
-        self._trace.add(entry)
-        return entry
-
-    def _end(self, entry: TraceEntry, outer: TraceEntry | None, outcome: str) -> None:
-        self._note_changes(entry)
-        object.__setattr__(self, "_running", outer)
-        entry.finish(outcome)
-
-    def _note_changes(self, entry: TraceEntry) -> None:
-        """Charge ``entry`` with what differs from the last look."""
-        try:
-            if self._values == self._before:
-                return
-        except Exception:  # noqa: S110 - suppress() would cost more than all the rest
-            pass  # an array's == has no truth value: look closer
-        changes = changes_between(self._before, self._values)
-        entry.changes = (*entry.changes, *changes)
-        object.__setattr__(self, "_before", snapshot(self._values))
-        for path in (change.path for change in changes):
-            earlier = self._conflicts.get(path, entry.callback)
-            if earlier != entry.callback and not path.startswith("custom_data"):
-                self._trace.warn_of_conflict(path, earlier, entry.callback)
-            self._conflicts[path] = entry.callback
-
-    def _take_over(self, handled: Handled | None) -> None:
-        object.__setattr__(self, "_handled", handled)
-
-    def _adopt(self, **values: Any) -> None:
-        """Set fields on behalf of the initialization itself, not of a callback."""
-        for name, value in values.items():
-            setattr(self, name, value)
-        object.__setattr__(self, "_before", snapshot(self._values))
+def _unknown_field(name: str) -> str:
+    known = (*_READ_WRITE, *_READ_ONLY)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
+    return f"CallbackCtx has no field {name!r}; {hint}"
 
 
 _READ_WRITE = tuple(name for name, value in vars(CallbackCtx).items() if isinstance(value, _Field))
-_READ_ONLY = tuple(
-    name
-    for name, value in vars(CallbackCtx).items()
-    if isinstance(value, property) and not name.startswith("_")
-)
+_READ_ONLY = tuple(name for name, value in vars(CallbackCtx).items() if isinstance(value, property))

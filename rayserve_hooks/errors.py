@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import pickle
 import traceback
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,18 @@ class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a tra
     """
 
 
+class Phase(enum.StrEnum):
+    """The steps of an initialization, as errors and logs name them, in order."""
+
+    BEFORE_INIT = "before init"
+    PLACEMENT = "placement"
+    BEFORE_DOWNLOAD = "before download"
+    DOWNLOAD = "download"
+    ENGINE_ARGUMENTS = "engine arguments"
+    AFTER_INIT = "after init"
+    CLEAN_UP = "clean-up"
+
+
 class HookError(HooksError, RuntimeError):
     """A step of a node initialization failed.
 
@@ -82,8 +95,7 @@ class HookError(HooksError, RuntimeError):
         callback: Name of the callback, or None when the step belongs to no callback.
         hook: Name of the hook, or None when the step is not a hook.
         node: The node the step ran on, as ``"<node id> (<address>)"``.
-        phase: ``"before init"``, ``"placement"``, ``"before download"``, ``"download"``,
-            ``"engine arguments"``, ``"after init"`` or ``"clean-up"``.
+        phase: The step that failed, a `Phase`.
         detail: What went wrong.
         advice: What to do about it, where the detail does not say so.
         cleanup_errors: What failed in ``on_init_failed`` afterwards.
@@ -95,7 +107,7 @@ class HookError(HooksError, RuntimeError):
         callback: str | None,
         hook: str | None,
         node: str,
-        phase: str,
+        phase: Phase,
         detail: str,
         advice: str = "",
         cleanup_errors: Sequence[HookError] = (),
@@ -133,7 +145,7 @@ class HookError(HooksError, RuntimeError):
 
 
 def describe(error: BaseException) -> str:
-    """Name an exception as Python's own traceback does in its last line."""
+    """Return an exception's type and text, as the last line of a traceback has them."""
     return "".join(traceback.format_exception_only(error)).strip()
 
 

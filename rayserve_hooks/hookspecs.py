@@ -1,11 +1,24 @@
-"""The contract: every hook, when and where it runs, and what each result does."""
+"""The contract: every hook, when and where it runs, and what each result does.
+
+A callback is any class with at least one of these hooks::
+
+    class MyCallback:
+        def __init__(self, bucket: str) -> None:
+            self.bucket = bucket
+
+        @hookimpl(tryfirst=True)
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            ctx.extra_init_kwargs["max_model_len"] = 4096
+
+        async def on_before_download(self, ctx: CallbackCtx) -> Handled | None:
+            return Handled(model_path=await fetch(self.bucket))
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Awaitable, Generator
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import pluggy
 
@@ -17,8 +30,13 @@ PROJECT = "rayserve_hooks"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
+T = TypeVar("T")
 
-class RayServeLLMCallback(Protocol):
+HookResult: TypeAlias = T | Awaitable[T] | Generator[None, Any, T]
+"""What a hook with the result ``T`` may return: of a ``def``, an ``async def`` or a wrapper."""
+
+
+class RayServeLLMCallback:
     """A callback: any object with at least one of these methods.
 
     Subclassing is never needed; it gives editors and type checkers the signatures. Each method
@@ -28,7 +46,7 @@ class RayServeLLMCallback(Protocol):
     """
 
     @hookspec(firstresult=True)
-    def on_before_init(self, ctx: CallbackCtx) -> Handled | Awaitable[Handled | None] | None:
+    def on_before_init(self, ctx: CallbackCtx) -> HookResult[Handled | None]:
         """Prepare, or take over, the initialization of all nodes.
 
         When: first, before anything is placed or downloaded.
@@ -54,15 +72,13 @@ class RayServeLLMCallback(Protocol):
     @hookspec(firstresult=True)
     def on_before_download(
         self, ctx: CallbackCtx
-    ) -> (
-        Handled | str | os.PathLike[str] | Awaitable[Handled | str | os.PathLike[str] | None] | None
-    ):
+    ) -> HookResult[Handled | str | os.PathLike[str] | None]:
         """Prepare one node, or bring its model.
 
         When: on each node right before its default download, also when the download mode is
         ``NONE``.
         Where: on every node of the placement group, once per node: in the replica's process on
-        the replica's own node, in a Ray task pinned to the node elsewhere.
+        the replica's own node, in a Ray actor pinned to the node elsewhere.
         Not for: choosing nodes; the placement group is final here.
 
         Parameters:
@@ -76,14 +92,14 @@ class RayServeLLMCallback(Protocol):
             the chain and this node's default download are skipped.
             Anything else, ``True`` and ``False`` included, is an error.
 
-        Failure: ends the initialization with a ``HookError`` and cancels the other nodes' tasks;
+        Failure: ends the initialization with a ``HookError`` and stops the other nodes;
         with ``on_error: warn`` it is logged and the next callback runs.
 
         Since: 0.1
         """
 
     @hookspec
-    def on_after_init(self, ctx: CallbackCtx) -> Awaitable[None] | None:
+    def on_after_init(self, ctx: CallbackCtx) -> HookResult[None]:
         """Look at, or finish, what has been initialized.
 
         When: after every node is ready, before the engine is built; also after a ``Handled``.
@@ -105,7 +121,7 @@ class RayServeLLMCallback(Protocol):
         """
 
     @hookspec
-    def on_init_failed(self, ctx: CallbackCtx, error: BaseException) -> Awaitable[None] | None:
+    def on_init_failed(self, ctx: CallbackCtx, error: BaseException) -> HookResult[None]:
         """Clean up after an initialization that failed.
 
         When: after the first failure, a time limit or a cancellation; on a node whose work was
@@ -130,24 +146,3 @@ class RayServeLLMCallback(Protocol):
 
         Since: 0.1
         """
-
-
-HOOKS = tuple(name for name in vars(RayServeLLMCallback) if name.startswith("on_"))
-"""The hooks' names, in the order in which an initialization calls them."""
-
-HOOK_PARAMETERS = {
-    name: tuple(inspect.signature(vars(RayServeLLMCallback)[name]).parameters)[1:] for name in HOOKS
-}
-"""By hook, what it is called with; an implementation may leave out all but ``ctx``."""
-
-FIRST_RESULT = ("on_before_init", "on_before_download")
-"""Of these the first result that is not None ends the chain."""
-
-CLEAN_UP = "on_init_failed"
-
-PHASES = {
-    "on_before_init": "before init",
-    "on_before_download": "before download",
-    "on_after_init": "after init",
-    "on_init_failed": "clean-up",
-}

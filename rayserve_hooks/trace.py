@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
-
-from rayserve_hooks.core.masking import is_secret, shown
-
-# A child of Ray Serve's logger: in a replica only that one is set up to write INFO lines, to the
-# replica's own log file and to its output (ray.serve._private.logging_utils, Ray 2.60).
-LOGGER_NAME = "ray.serve.rayserve_hooks"
-logger = logging.getLogger(LOGGER_NAME)
-
+from typing import overload
 
 ABSENT = "<absent>"
 """What a `Change` shows in place of a key that is not there."""
@@ -127,15 +118,6 @@ class Trace(Sequence[TraceEntry]):
                 return entry
         return None
 
-    def warn_of_conflict(self, path: str, earlier: str, later: str) -> None:
-        logger.warning(
-            "callbacks %r and %r both set ctx.%s; %r ran last and has the last word",
-            earlier,
-            later,
-            path,
-            later,
-        )
-
     def table(self) -> str:
         """Format the calls for people, one a line."""
         return format_table(
@@ -170,56 +152,3 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-
-
-def snapshot(value: Any) -> Any:
-    """Copy plain containers, and nothing in them, so that a later change in place shows."""
-    if type(value) is dict:
-        return {key: snapshot(item) for key, item in value.items()}
-    if type(value) is list:
-        return [snapshot(item) for item in value]
-    return value
-
-
-def changes_between(
-    before: Mapping[str, Any], after: Mapping[str, Any], path: str = "", secret: bool = False
-) -> tuple[Change, ...]:
-    """List where two snapshots differ, through dicts, in ``after``'s order.
-
-    Args:
-        before: The earlier snapshot.
-        after: The later one.
-        path: Where in the context they are.
-        secret: Whether all their values are.
-    """
-    changes: list[Change] = []
-    for key in [*after, *(key for key in before if key not in after)]:
-        here = f"{path}.{key}" if path else str(key)
-        hidden = secret or is_secret(key)
-        old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
-        # A dict that comes or goes whole counts as its keys, so that paths can be compared.
-        if old is _ABSENT and isinstance(new, dict) and new:
-            old = {}
-        if new is _ABSENT and isinstance(old, dict) and old:
-            new = {}
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes.extend(changes_between(old, new, here, hidden))
-        elif not _same(old, new):
-            changes.append(Change(here, _formatted(old, hidden), _formatted(new, hidden)))
-    return tuple(changes)
-
-
-_ABSENT = object()
-
-
-def _formatted(value: Any, secret: bool) -> str:
-    return ABSENT if value is _ABSENT else shown(value, secret)
-
-
-def _same(old: Any, new: Any) -> bool:
-    if old is new:
-        return True
-    try:
-        return bool(old == new)
-    except Exception:  # a value whose == cannot be a truth value, such as an array
-        return False

@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +111,10 @@ class OnNode:
             self.begun()
         threading.Event().wait()
 
+    def hang_once(self, ctx: CallbackCtx) -> None:
+        if not self.begun():
+            threading.Event().wait()
+
     def hang_in_native_code(self, ctx: CallbackCtx) -> None:
         # With the interpreter's lock held: no signal handler runs, and no other thread.
         self.begun()
@@ -136,11 +139,6 @@ class RefuseToBeBuilt:
 
     def on_before_download(self, ctx: CallbackCtx) -> None:
         pass
-
-
-def no_reply(request: object) -> Iterator[object]:
-    """End as no node task should."""
-    yield from ()
 
 
 class HangInReplica:

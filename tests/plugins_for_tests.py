@@ -1,6 +1,7 @@
 """Importable callbacks and small helpers for the unit tests."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import subprocess
@@ -13,11 +14,12 @@ from unittest import mock
 import pytest
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
+from rayserve_hooks.core.hooks import HOOK_PARAMETERS
 from rayserve_hooks.core.limits import TimeLimits
-from rayserve_hooks.core.loading import parse_callbacks
-from rayserve_hooks.core.manager import CallbackStack, PluginManager
-from rayserve_hooks.hookspecs import HOOK_PARAMETERS, hookimpl
-from rayserve_hooks.trace import LOGGER_NAME
+from rayserve_hooks.core.log import LOGGER_NAME
+from rayserve_hooks.core.manager import PluginManager
+from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
+from rayserve_hooks.hookspecs import hookimpl
 
 
 def make_ctx(**fields: Any) -> CallbackCtx:
@@ -27,7 +29,7 @@ def make_ctx(**fields: Any) -> CallbackCtx:
 
 
 def hook_arguments(hook: str, ctx: CallbackCtx | None = None) -> dict[str, Any]:
-    """Give what a hook is called with."""
+    """Return what a hook is called with."""
     arguments = {"ctx": ctx or make_ctx(), "error": ValueError("the first failure")}
     return {name: arguments[name] for name in HOOK_PARAMETERS[hook]}
 
@@ -35,8 +37,19 @@ def hook_arguments(hook: str, ctx: CallbackCtx | None = None) -> dict[str, Any]:
 def make_manager(
     *callbacks: object, on_error: str = "raise", time_limits: TimeLimits | None = None
 ) -> PluginManager:
-    entries = parse_callbacks(list(callbacks))
-    return PluginManager(CallbackStack("app", entries, on_error, time_limits or TimeLimits()))
+    return PluginManager(make_stack(*callbacks, on_error=on_error, time_limits=time_limits))
+
+
+def make_stack(
+    *callbacks: object, on_error: str = "raise", time_limits: TimeLimits | None = None
+) -> CallbackStack:
+    stack = CallbackStack.parse(list(callbacks), on_error=on_error)
+    limits = time_limits or TimeLimits()
+    return dataclasses.replace(stack, deployment="app", time_limits=limits)
+
+
+def parse_callbacks(callbacks: object) -> tuple[CallbackEntry, ...]:
+    return CallbackStack.parse(callbacks).entries
 
 
 @contextlib.contextmanager

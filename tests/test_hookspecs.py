@@ -4,14 +4,8 @@ import re
 import pytest
 from plugins_for_tests import make_manager
 
-from rayserve_hooks.hookspecs import (
-    CLEAN_UP,
-    FIRST_RESULT,
-    HOOK_PARAMETERS,
-    HOOKS,
-    PHASES,
-    RayServeLLMCallback,
-)
+from rayserve_hooks.core.hooks import CLEAN_UP, FIRST_RESULT, HOOK_PARAMETERS, HOOKS, PHASES
+from rayserve_hooks.hookspecs import RayServeLLMCallback
 
 SECTIONS = ["When", "Where", "Not for", "Parameters", "Returns", "Failure", "Since"]
 

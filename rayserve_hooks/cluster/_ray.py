@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
 
+    from rayserve_hooks.core.stack import CallbackStack
     from rayserve_hooks.download.model import Mirror
 
 HOOKS_CALLBACK = "rayserve_hooks.HooksCallback"
@@ -35,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
 
 def runs_hooks(named: str | type) -> bool:
-    """Tell whether a config's ``callback_class`` is ours, or Ray's default, which does nothing."""
+    """Return whether a ``callback_class`` is ours, or Ray's default, which does nothing."""
     if isinstance(named, str):
         return named.replace(":", ".") in (
             HOOKS_CALLBACK,
@@ -45,7 +46,7 @@ def runs_hooks(named: str | type) -> bool:
 
 
 def is_ray_callback(cls: type) -> bool:
-    """Tell whether a class is written for Ray's own slot; Ray is not imported to find out."""
+    """Return whether a class is written for Ray's own slot; Ray is not imported to find out."""
     return any(_is_callback_base(base) for base in cls.__mro__)
 
 
@@ -57,21 +58,19 @@ def _is_callback_base(cls: type) -> bool:
 
 
 def is_hooks_callback(cls: type) -> bool:
-    """Tell whether a class is our own adapter to Ray's slot."""
+    """Return whether a class is our own adapter to Ray's slot."""
     return any(base.__module__ == "rayserve_hooks.cluster.slot" for base in cls.__mro__)
 
 
 def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:
-    """Give the member of Ray's own enum."""
+    """Return the member of Ray's own enum."""
     from ray.llm._internal.common.utils import download_utils
 
     return download_utils.NodeModelDownloadable[mode.name]
 
 
-def hooks_callback_config(
-    callbacks: list[Any], time_limits: dict[str, Any], raise_error: bool
-) -> CallbackConfig:
-    """Make the ``callback_config`` that a YAML file would hold.
+def hooks_callback_config(stack: CallbackStack, raise_error: bool) -> CallbackConfig:
+    """Return a ``callback_config`` that names our adapter, with a stack instead of YAML's list.
 
     Ray exports ``CallbackConfig`` nowhere; there is no other slot for callbacks.
     """
@@ -79,13 +78,13 @@ def hooks_callback_config(
 
     return CallbackConfig(
         callback_class=HOOKS_CALLBACK,
-        callback_kwargs={"callbacks": callbacks, "time_limits": time_limits},
+        callback_kwargs={"stack": stack},
         raise_error_on_callback=raise_error,
     )
 
 
 def in_replica() -> bool:
-    """Tell whether this process is a Serve replica; Serve is not imported to find out."""
+    """Return whether this process is a Serve replica; Serve is not imported to find out."""
     if "ray.serve" not in sys.modules:
         return False
     from ray.serve.context import _get_internal_replica_context
@@ -94,7 +93,7 @@ def in_replica() -> bool:
 
 
 def deployment_name(model_id: str) -> str:
-    """Name this process's deployment: application and deployment in a replica, else the model.
+    """Return this process's application and deployment; outside of a replica the model's id.
 
     Serve's public ``get_replica_context()`` raises outside of a replica, and importing
     ``ray.serve`` to ask would cost a driver or node task half a second.
@@ -108,12 +107,12 @@ def deployment_name(model_id: str) -> str:
 
 
 def _engine(config: LLMConfig) -> Any:
-    """Give the engine's part of a config; Ray annotates it as optional, but never returns None."""
+    """Return the engine's part of a config. Ray annotates it as optional, but it never is."""
     return config.get_engine_config()
 
 
 def default_download_mode(config: LLMConfig) -> NodeModelDownloadable:
-    """Say what Ray downloads by itself: nothing where the engine streams the weights."""
+    """Return what Ray downloads by itself: nothing where the engine streams the weights."""
     from ray.llm._internal.common.utils.download_utils import STREAMING_LOAD_FORMATS
 
     if config.engine_kwargs.get("load_format") in STREAMING_LOAD_FORMATS:
@@ -122,7 +121,7 @@ def default_download_mode(config: LLMConfig) -> NodeModelDownloadable:
 
 
 def initial_runtime_env(config: LLMConfig) -> dict[str, Any]:
-    """Build the runtime environment that Ray would use, as a copy.
+    """Return the runtime environment that Ray would use, as a copy.
 
     Ray's own builder writes into the config's dict, so that a change made by a callback could
     not be told from what the config says.
@@ -133,7 +132,7 @@ def initial_runtime_env(config: LLMConfig) -> dict[str, Any]:
 
 
 def current_placement_group() -> PlacementGroup | None:
-    """Give the group this process runs in: Serve's, in a replica."""
+    """Return the group this process runs in: Serve's, in a replica."""
     from ray.util.placement_group import get_current_placement_group
 
     return get_current_placement_group()
@@ -145,7 +144,7 @@ def create_default_placement_group(config: LLMConfig) -> PlacementGroup:
 
 
 def model_source(config: LLMConfig) -> tuple[str, Mirror | None]:
-    """Give the engine's model id or path, and the bucket it is mirrored in, if any."""
+    """Return the engine's model id or path, and the bucket it is mirrored in, if any."""
     from rayserve_hooks.download.model import Mirror
 
     engine = _engine(config)
@@ -185,19 +184,8 @@ def set_engine_kwargs(config: LLMConfig, kwargs: dict[str, Any]) -> None:
             engine.frontend_kwargs[name] = engine.engine_kwargs.pop(name)
 
 
-def task_attempt() -> int:
-    """Say how often Ray has started the task of this process: 1 the first time.
-
-    No public interface tells a task its attempt.
-    """
-    from ray._private.worker import global_worker
-
-    core_worker: Any = global_worker.core_worker  # type: ignore[attr-defined]
-    return int(core_worker.get_current_task_attempt_number()) + 1
-
-
 def own_node() -> NodeInfo:
-    """Describe the node of this process."""
+    """Return the node of this process."""
     import ray
 
     return NodeInfo(
@@ -208,7 +196,7 @@ def own_node() -> NodeInfo:
 
 
 def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
-    """List the nodes of a ready placement group, each once, in bundle order."""
+    """Return the nodes of a ready placement group, each once, in bundle order."""
     import ray
     from ray.util.placement_group import placement_group_table
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, model_validator
+from ray import cloudpickle
 from ray.serve.llm import LLMConfig as RayLLMConfig
 
 from rayserve_hooks.cluster import _ray
-from rayserve_hooks.core.limits import TimeLimits
-from rayserve_hooks.core.loading import parse_callbacks
-from rayserve_hooks.core.manager import PluginManager, get_plugin_manager, stack_of
+from rayserve_hooks.cluster.stacks import parse
+from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
 
@@ -26,7 +25,7 @@ class LLMConfig(RayLLMConfig):
         model_id: Short for ``model_loading_config={"model_id": model_id}``.
         callback: One callback. Short for ``callbacks=[callback]``.
         callbacks: The callbacks, in run order; forms: see
-            `rayserve_hooks.core.loading.parse_callbacks`.
+            `rayserve_hooks.core.stack.CallbackStack.parse`.
         time_limits: Seconds that steps of the initialization may take, by name; names and
             defaults: see `rayserve_hooks.core.limits.TimeLimits`.
         **fields: The fields of ``ray.serve.llm.LLMConfig``.
@@ -96,24 +95,18 @@ class LLMConfig(RayLLMConfig):
                 raise CallbackConfigError(
                     "both callbacks and callback_config are given; list all callbacks in callbacks"
                 )
+        stack = parse(
+            self.callbacks,
+            self.time_limits,
+            "raise" if settings.raise_error_on_callback else "warn",
+        )
         problems = Problems()
         with problems.collected():
-            self.callbacks = list(parse_callbacks(self.callbacks))
+            manager_of(stack.for_deployment(_ray.deployment_name(self.model_id)).here())
         with problems.collected():
-            TimeLimits.parse(self.time_limits)
+            stack.freeze(cloudpickle.dumps)
         problems.raise_all()
-        self.callback_config = _ray.hooks_callback_config(
-            self.callbacks, self.time_limits, settings.raise_error_on_callback
-        )
-        with problems.collected():
-            stack = stack_of(self)
-            here = tuple(entry for entry in stack.entries if not entry.only_on_cluster)
-            if here == stack.entries:
-                get_plugin_manager(stack)
-            else:
-                PluginManager(dataclasses.replace(stack, entries=here))
-        for entry in self.callbacks:
-            with problems.collected():
-                entry.freeze()
-        problems.raise_all()
+        # In place of the objects: what travels is the callbacks as they are configured here.
+        self.callbacks = list(stack.entries)
+        self.callback_config = _ray.hooks_callback_config(stack, settings.raise_error_on_callback)
         return self

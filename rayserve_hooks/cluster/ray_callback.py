@@ -8,8 +8,28 @@ from typing import Any
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.context import CallbackCtx, Handled
-from rayserve_hooks.core import threads as aio
+from rayserve_hooks.core import threads
 from rayserve_hooks.errors import CallbackConfigError
+
+
+def adapt_ray_callback(cls: type, kwargs: Mapping[str, Any]) -> RayCallback | None:
+    """Return a plugin for a class that is written for Ray's own slot; None for any other class.
+
+    Args:
+        cls: The class.
+        kwargs: Its constructor arguments.
+
+    Raises:
+        CallbackConfigError: Its constructor does not take these arguments, or it is our own
+            adapter to Ray's slot.
+    """
+    if not _ray.is_ray_callback(cls):
+        return None
+    if _ray.is_hooks_callback(cls):
+        raise CallbackConfigError(
+            "HooksCallback runs this list and cannot be in it; list the callbacks themselves"
+        )
+    return RayCallback(cls, kwargs)
 
 
 class RayCallback:
@@ -55,7 +75,7 @@ class RayCallback:
         self._run("on_after_node_init", ctx)
 
     def _run(self, method: str, ctx: CallbackCtx) -> Any:
-        """Call one of Ray's methods; return the callback's own context."""
+        """Call one of Ray's methods and return the callback's own context."""
         mode = _ray.download_mode_of_ray(ctx.worker_node_download_model)
         fields = {
             "worker_node_download_model": mode,
@@ -75,7 +95,7 @@ class RayCallback:
             setattr(theirs, name, value)
         result = getattr(self._instance, method)()
         if inspect.iscoroutine(result):
-            aio.run_coroutine(result)
+            threads.run_coroutine(result)
         if theirs.worker_node_download_model is not mode:
             ctx.local_node_download_model = theirs.worker_node_download_model
             ctx.worker_node_download_model = theirs.worker_node_download_model

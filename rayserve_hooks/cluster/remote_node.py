@@ -1,45 +1,33 @@
-"""The other nodes' part of an initialization: one Ray task on each, followed and stopped."""
+"""The other nodes' part of an initialization, seen from the replica: started, followed, ended."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import copy
-import logging
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from rayserve_hooks.cluster.node import (
-    CleanUp,
-    NodeReply,
-    NodeRequest,
-    run_clean_up_task,
-    run_fetch_task,
-    run_node_task,
-)
+from rayserve_hooks.cluster.node_actor import NodeActor
+from rayserve_hooks.cluster.travel import CleanUp, NodeReply, NodeRequest
 from rayserve_hooks.context import NodeInfo
-from rayserve_hooks.core.manager import get_plugin_manager
-from rayserve_hooks.errors import HookError, describe
-from rayserve_hooks.hookspecs import CLEAN_UP
-from rayserve_hooks.trace import LOGGER_NAME, TraceEntry
+from rayserve_hooks.core.hooks import CLEAN_UP
+from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.manager import manager_of
+from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.trace import TraceEntry
 
-logger = logging.getLogger(LOGGER_NAME)
-
-_RETRIES = 1  # of a task whose process was killed, for example for want of memory
+_ATTEMPTS = 2  # of a process that is killed, for example for want of memory
 _STOP_S = 10.0
-_CLEAN_UP_START_S = 60.0  # on top of the hook's own limit: a new worker process has to start
+_START_S = 60.0  # on top of the hook's own limit: a new worker process has to start
 
 
-class NodeTask:
-    """The initialization of another node.
-
-    Its process ends with it (``max_calls=1``): what a callback imported, hung or leaked there must
-    not stay with the next deployment that Ray would give the process to.
+class RemoteNode:
+    """The initialization of another node, by an actor whose process ends with it.
 
     Args:
         request: What travels to the node.
-        runtime_env: The runtime environment of the task.
+        runtime_env: The runtime environment of its process.
 
     Attributes:
         node: The node.
@@ -49,31 +37,19 @@ class NodeTask:
 
     def __init__(self, request: NodeRequest, runtime_env: dict[str, Any]) -> None:
         self.node: NodeInfo = request.node
-        self.phase: str | None = None
+        self.phase: Phase | None = None
         self.reply: NodeReply | None = None
         self._request = request
         self._runtime_env = copy.deepcopy(runtime_env)
+        self._earlier: list[TraceEntry] = []  # of processes that were killed
+        self._killed_in: TraceEntry | None = None
         self._calls: dict[int, TraceEntry] = {}
-        self._cleaned_up = False
-        self._cancelled = False
-        self._stream = self._remote(run_node_task, "", num_returns="streaming").remote(request)
-        self._following = asyncio.ensure_future(self._follow())
-
-    def _remote(self, function: Any, suffix: str, **options: Any) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        return ray.remote(max_calls=1, max_retries=_RETRIES)(function).options(
-            name=f"rayserve_hooks:{self._request.stack.deployment}:{self.node.address}{suffix}",
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=self.node.id, soft=False),
-            runtime_env=self._runtime_env,
-            **options,
-        )
+        self._actor: Any = None
+        self._initializing = asyncio.ensure_future(self._initialize())
 
     @property
     def ended(self) -> bool:
-        return self._following.done()
+        return self._initializing.done()
 
     @property
     def running(self) -> TraceEntry | None:
@@ -81,13 +57,13 @@ class NodeTask:
         calls = (self._calls[place] for place in sorted(self._calls, reverse=True))
         return next((c for c in calls if c.outcome == "running" and not c.background), None)
 
-    def take_trace(self) -> list[TraceEntry]:
-        """Give the calls made there, in order; each is given once, so ask when no more will come.
+    @property
+    def trace(self) -> list[TraceEntry]:
+        """The calls made there, in order.
 
         One of which the end was never heard, because its process was stopped, is interrupted.
         """
-        calls = [self._calls[place] for place in sorted(self._calls)]
-        self._calls.clear()
+        calls = [*self._earlier, *(self._calls[place] for place in sorted(self._calls))]
         for call in calls:
             if call.outcome == "running":
                 call.outcome = "interrupted"
@@ -99,117 +75,158 @@ class NodeTask:
         Raises:
             HookError: The node's initialization failed, its process was killed or it died.
         """
-        return await asyncio.shield(self._following)
+        return await asyncio.shield(self._initializing)
 
-    async def _follow(self) -> NodeReply:
-        from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+    async def _initialize(self) -> NodeReply:
+        from ray.exceptions import RayError, RayTaskError
 
+        problem: RayError | None = None
+        for attempt in range(1, _ATTEMPTS + 1):
+            self._actor = self._start(self._request, attempt)
+            try:
+                self.reply = await self._follow(self._actor)
+            except RayTaskError as error:
+                if isinstance(error.cause, HookError):
+                    raise error.cause from error.cause.__cause__
+                raise self._failed(describe(error.cause)) from error
+            except RayError as error:
+                self._actor, problem = None, error
+                self._killed_in = self.running or self._killed_in
+                self._earlier, self._calls = self.trace, {}
+            else:
+                self._calls = dict(enumerate(self.reply.trace))
+                return self.reply
+        assert problem is not None
+        detail = f"its process was killed or the node died: {describe(problem)}"
+        raise self._failed(detail) from problem
+
+    def _start(self, request: NodeRequest, attempt: int) -> Any:
+        """Start an actor on the node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        actor: Any = ray.remote(NodeActor)
+        return actor.options(
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=self.node.id, soft=False),
+            runtime_env=self._runtime_env,
+        ).remote(request, attempt)
+
+    async def _follow(self, actor: Any) -> NodeReply:
+        """Wait for the reply, and keep what is heard meanwhile."""
+        from ray.exceptions import RayError
+
+        name = f"rayserve_hooks:{self._request.stack.deployment}:{self.node.address}"
+        reply = asyncio.ensure_future(_answer(actor.initialize.options(name=name).remote()))
+        seen = 0
+        status: asyncio.Future[Any] | None = None
         try:
-            async for ref in self._stream:
-                item = await ref
-                if isinstance(item, NodeReply):
-                    self._calls = dict(enumerate(item.trace))
-                    self.reply = item
-                    return item
-                self.phase = item.phase
-                self._calls.update(item.calls)
-            raise self._failed("its task ended without a reply; see the logs of that node")
-        except TaskCancelledError as error:
-            self._cleaned_up = self._cancelled = True
-            raise self._failed("its task was cancelled by somebody else") from error
-        except RayTaskError as error:
-            self._cleaned_up = True
-            if isinstance(error.cause, HookError):
-                raise error.cause from error.cause.__cause__
-            raise self._failed(describe(error.cause)) from error
-        except RayError as error:
-            raise self._failed(
-                f"its process was killed or the node died: {describe(error)}"
-            ) from error
+            while not reply.done():
+                status = asyncio.ensure_future(_answer(actor.status.remote(seen)))
+                await asyncio.wait([reply, status], return_when=asyncio.FIRST_COMPLETED)
+                if not status.done() or isinstance(status.exception(), RayError):
+                    break  # the reply is there, or will say why
+                heard = status.result()
+                seen, self.phase = heard.number, heard.phase
+                self._calls.update(heard.calls)
+            return await reply  # type: ignore[no-any-return]
+        finally:
+            for answer in filter(None, (reply, status)):
+                answer.cancel()
 
     def _failed(self, detail: str) -> HookError:
-        running = self.running
+        running = self.running or self._killed_in
         return HookError(
             callback=running.callback if running else None,
             hook=running.hook if running else None,
             node=str(self.node),
-            phase=self.phase or "before download",
+            phase=self.phase or Phase.BEFORE_DOWNLOAD,
             detail=detail,
         )
 
-    async def stop(self) -> None:
-        """End the task: let its callbacks clean up, and kill its process if that takes too long."""
-        import ray
-
-        if self.ended:
-            return
-        limit = self._request.stack.time_limits.on_init_failed or 0.0
-        for force, patience_s in (False, _STOP_S + limit), (True, _STOP_S):
-            if force:
-                logger.warning("killing the task on node %s, which does not stop", self.node)
-            ray.cancel(self._stream, force=force)
-            done, _ = await asyncio.wait([self._following], timeout=patience_s)
-            if done:
-                if force:  # a killed process has cleaned up nothing
-                    self._cleaned_up = self._cancelled = False
-                return
-
     async def clean_up(self, error: BaseException) -> list[HookError]:
-        """Run ``on_init_failed`` on the node, unless its task has done so itself or never began.
+        """Stop what still runs on the node, and run ``on_init_failed`` if anything had started.
+
+        Args:
+            error: What ended the initialization.
 
         Returns:
             What failed in it.
         """
-        with contextlib.suppress(asyncio.CancelledError, asyncio.InvalidStateError):
-            self._following.exception()  # has been reported, or follows from what was
-        if self.phase is None and self.reply is None:
-            return []
-        request = self._request
-        if self._cancelled:
-            if not get_plugin_manager(request.stack).run_order()[CLEAN_UP]:
+        self._initializing.cancel()
+        await asyncio.wait([self._initializing])
+        try:
+            if self.phase is None and self.reply is None:
                 return []
-            outcome = await self._on_node(run_fetch_task, "fetch", request)
-            if isinstance(outcome, CleanUp):
-                self._calls.clear()
-        elif self._cleaned_up:
-            return []
-        else:
-            if self.reply is not None:
-                request = replace(request, custom_data=self.reply.custom_data)
-            calls = self.reply.trace if self.reply else self._calls.values()
-            started = {call.callback for call in calls}
-            outcome = await self._on_node(run_clean_up_task, "clean-up", request, error, started)
+            outcome = await self._cleaned_up(error)
+        finally:
+            self._kill()
         if isinstance(outcome, CleanUp):
-            first = max(self._calls, default=-1) + 1
-            self._calls.update(enumerate(outcome.trace, first))
             return outcome.failures
-        problem = "on_init_failed did not run"
-        if self._cancelled:
-            problem = "what on_init_failed did there is not known, see the logs of that node"
         failure = HookError(
             callback=None,
             hook=None,
             node=str(self.node),
-            phase="clean-up",
-            detail=f"{problem}: {describe(outcome)}",
+            phase=Phase.CLEAN_UP,
+            detail=f"on_init_failed did not run: {describe(outcome)}",
         )
         logger.error("%s", failure)
         return [failure]
 
-    async def _on_node(
-        self, function: Callable[..., CleanUp], name: str, *args: object
-    ) -> CleanUp | Exception:
-        """Run a task of the clean-up, in a new process on the node."""
+    async def _cleaned_up(self, error: BaseException) -> CleanUp | BaseException:
+        """Clean up in the node's own process or, where that is gone or hangs, in a new one."""
         from ray.exceptions import RayError, RayTaskError
 
         limit = self._request.stack.time_limits.on_init_failed
-        task = self._remote(function, f":{name}").remote(*args)
+        started: list[str] = []
+        if not await self._stopped():
+            if not manager_of(self._request.stack).run_order()[CLEAN_UP]:
+                return CleanUp([], [])
+            request = self._request
+            if self.reply is not None:
+                request = replace(request, custom_data=self.reply.custom_data)
+            self._earlier, self._calls = self.trace, {}
+            started = sorted({call.callback for call in self._earlier})
+            self._actor = self._start(request, _ATTEMPTS)
         try:
             outcome: CleanUp = await asyncio.wait_for(
-                task, None if limit is None else limit + _CLEAN_UP_START_S
+                _answer(self._actor.clean_up.remote(error, started)),
+                None if limit is None else limit + _START_S,
             )
         except RayTaskError as problem:
             return problem.cause  # type: ignore[no-any-return]
         except (RayError, TimeoutError) as problem:
             return problem
+        self._calls = dict(enumerate(outcome.trace))
         return outcome
+
+    async def _stopped(self) -> bool:
+        """Stop what the node's process does, and return whether it is there and answers."""
+        from ray.exceptions import RayError
+
+        if self._actor is None:
+            return False
+        try:
+            await asyncio.wait_for(_answer(self._actor.stop.remote()), _STOP_S)
+        except RayError:
+            self._actor = None
+        except TimeoutError:
+            logger.warning("killing the process on node %s, which does not stop", self.node)
+            self._kill()
+        return self._actor is not None
+
+    def end(self) -> None:
+        """Let the node's process end, once the initialization has; nothing runs in it any more."""
+        self._actor = None  # the last handle: Ray lets the process exit in order
+
+    def _kill(self) -> None:
+        import ray
+
+        if self._actor is not None:
+            with contextlib.suppress(Exception):  # of an actor that has gone in the meantime
+                ray.kill(self._actor)
+            self._actor = None
+
+
+async def _answer(ref: Any) -> Any:
+    return await ref

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.cluster._ray import CallbackBase
-from rayserve_hooks.cluster.initialize import initialize_node
-from rayserve_hooks.core.manager import get_plugin_manager
+from rayserve_hooks.cluster.initialize import initialize
+from rayserve_hooks.cluster.stacks import stack_of
+from rayserve_hooks.core.manager import manager_of
 
 if TYPE_CHECKING:
     from ray.serve.llm import LLMConfig
@@ -27,7 +28,9 @@ class HooksCallback(CallbackBase):
         raise_error_on_callback: False makes ``on_error: warn`` the default of every callback;
             Ray passes it.
         ctx_kwargs: The fields of Ray's own context; Ray passes it.
-        **kwargs: ``callbacks``, the list; forms: see `rayserve_hooks.core.loading.parse_callbacks`.
+        **kwargs: ``callbacks`` and ``time_limits``; forms: see
+            `rayserve_hooks.core.stack.CallbackStack.parse`. Made by our ``LLMConfig`` it is
+            ``stack``.
 
     Raises:
         CallbackConfigError: A callback cannot be imported or built, or is none.
@@ -41,7 +44,8 @@ class HooksCallback(CallbackBase):
         **kwargs: Any,
     ) -> None:
         super().__init__(llm_config, raise_error_on_callback, ctx_kwargs, **kwargs)
-        get_plugin_manager(llm_config)
+        self._stack = stack_of(llm_config)
+        manager_of(self._stack)
 
     async def run_callback(self, method_name: str) -> None:
         """Run one of Ray's callback methods; Ray's own turns any error into a bare Exception."""
@@ -54,9 +58,10 @@ class HooksCallback(CallbackBase):
             HookError: A callback or a node failed.
         """
         # Ray's YAML loader makes the base class of the public LLMConfig.
-        ctx = await initialize_node(
+        ctx = await initialize(
             self.llm_config,  # type: ignore[arg-type]
-            placement_group=self.ctx.placement_group,
+            self._stack,
+            self.ctx.placement_group,
         )
         self.ctx.placement_group = ctx.placement_group
         self.ctx.runtime_env = ctx.runtime_env

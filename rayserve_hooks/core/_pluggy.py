@@ -1,22 +1,37 @@
-"""The one place that touches what pluggy keeps to itself; `tests/test__pluggy.py` watches it."""
+"""The one place that touches pluggy's internals; `tests/core/test__pluggy.py` watches them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pluggy
 
 HookFunction = Callable[..., Any]
 
+UNDECORATED = pluggy.HookimplOpts(
+    wrapper=False,
+    hookwrapper=False,
+    optionalhook=False,
+    tryfirst=False,
+    trylast=False,
+    specname=None,
+)
+"""What ``@hookimpl`` without arguments gives a method."""
 
-def replace_function(impl: pluggy.HookImpl, function: HookFunction) -> None:
-    """Put ``function`` in the place of an impl's own.
 
-    pluggy offers no interception of single impls: its call monitoring sees a whole hook call.
-    The attribute is public, but declared final.
+def impl_options(marked: object, project: str) -> pluggy.HookimplOpts | None:
+    """Return what ``@hookimpl(...)`` has left on a function, or None.
+
+    pluggy's own look-up binds the attribute first, which runs properties before pluggy 1.7.
     """
-    impl.function = function  # type: ignore[misc]
+    return getattr(marked, f"{project}_impl", None)
+
+
+def spec_options(marked: object, project: str) -> Mapping[str, Any]:
+    """Return what ``@hookspec(...)`` has left on a function."""
+    options: Mapping[str, Any] = getattr(marked, f"{project}_spec")
+    return options
 
 
 def reverse_groups(caller: pluggy.HookCaller, *marks: str) -> None:

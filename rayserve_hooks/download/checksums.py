@@ -31,7 +31,7 @@ class _Crc:
 
 
 def new_hash(algorithm: str) -> _Hash | None:
-    """Make the hash object of a checksum's algorithm; None where its library is missing."""
+    """Return a hash object of an algorithm; None if its library is missing."""
     if algorithm in ("md5", "sha1", "sha256"):
         return hashlib.new(algorithm, usedforsecurity=False)
     try:
@@ -42,13 +42,13 @@ def new_hash(algorithm: str) -> _Hash | None:
 
 
 def checksum_text(algorithm: str, digest: bytes) -> str:
-    """Write a digest as the stores do: MD5 in hex, as in ETags, everything else in base64."""
+    """Format a digest as the stores do: MD5 in hex, as in ETags, everything else in base64."""
     value = digest.hex() if algorithm == "md5" else base64.b64encode(digest).decode()
     return f"{algorithm}:{value}"
 
 
 def checksum_of(content: Path | bytes | bytearray, algorithm: str) -> str | None:
-    """Compute a checksum; a file is not mapped, so that its pages do not count as our memory."""
+    """Return a checksum; a file is not mapped, so that its pages do not count as our memory."""
     hashing = new_hash(algorithm)
     if hashing is None:
         return None

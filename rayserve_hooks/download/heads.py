@@ -1,45 +1,35 @@
-"""Asking a store for what no listing holds: the checksum of an object.
+"""HEAD requests for what no listing holds: the checksum of an object.
 
-S3 has one where the upload asked for it, of the full object or of its parts' checksums, which is
-none here. Google Cloud Storage has a CRC32C of every object. Azure has an MD5 where the client
-that uploaded the object sent it.
+S3 has one if the upload asked for it, of the full object or of its parts' checksums; the latter is
+of no use here. Google Cloud Storage has a CRC32C of every object. Azure has an MD5 if the client
+that uploaded the object sent one.
 """
 
 from __future__ import annotations
 
 import base64
 import functools
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayserve_hooks.download.checksums import new_hash
-from rayserve_hooks.download.stores import (
-    RemoteFile,
-    Source,
-    message_of,
-    region,
-    without_secrets,
-)
-from rayserve_hooks.trace import LOGGER_NAME
+from rayserve_hooks.download.stores import RemoteFile, Source, aws_region, message_of
 
 if TYPE_CHECKING:
     import urllib.request
 
-logger = logging.getLogger(LOGGER_NAME)
-
 _TIMEOUT_S = 30
 _SCHEMES = ("s3", "gs", "azure", "abfss")
-# MD5 costs more than the download, so for large files the store is asked for something faster.
+# Computing an MD5 takes longer than the download, so a faster checksum is requested of large files.
 _ABOVE_BYTES = 64 * 2**20
 _MD5_ETAG = re.compile(r'"?([0-9a-f]{32})"?')
 
 
 @dataclass(frozen=True)
 class Head:
-    """What the store says of an object's content.
+    """What the store knows of an object's content.
 
     Args:
         checksum: Of the full object, as ``"<algorithm>:<value>"``; None if there is none.
@@ -51,7 +41,7 @@ class Head:
 
 
 def expected_checksum(file: RemoteFile, head: Head | None) -> str | None:
-    """Say which checksum the store has of an object, if any, as ``"<algorithm>:<value>"``."""
+    """Return the checksum that the store has of an object, if any, as ``"<algorithm>:<value>"``."""
     if head is not None and head.checksum is not None:
         return head.checksum
     found = _MD5_ETAG.fullmatch(file.etag or "")
@@ -61,49 +51,41 @@ def expected_checksum(file: RemoteFile, head: Head | None) -> str | None:
 
 
 class Heads:
-    """Asks one store.
+    """Requests the checksums of one store's objects.
 
-    Attributes:
+    Args:
         source: The store.
     """
 
     def __init__(self, source: Source) -> None:
-        self.source = source
-        self._can_ask = source.scheme in _SCHEMES
-        self._etags_are_md5 = True  # until an answer says otherwise
+        self.source, self._logger = source, source.caller.logger
+        self._usable = source.scheme in _SCHEMES
+        self._etags_are_md5 = True  # until a response shows otherwise
 
     def wanted(self, file: RemoteFile) -> bool:
-        """Tell whether the listing alone has no checksum of an object, or only a slow one."""
+        """Return whether the listing has no checksum of an object, or only a slow one."""
         has_md5 = self._etags_are_md5 and _MD5_ETAG.fullmatch(file.etag or "") is not None
-        return self._can_ask and (file.size > _ABOVE_BYTES or not has_md5)
+        return self._usable and (file.size > _ABOVE_BYTES or not has_md5)
 
     def of(self, file: RemoteFile) -> Head | None:
-        """Ask for an object's checksum.
-
-        Returns:
-            None where the store cannot be asked: of another kind, no permission, no boto3 for S3.
-        """
+        """Return an object's head; None if the store refuses, has none, or boto3 is missing."""
         import urllib.request  # costs more than the rest of this module
 
-        request = self._request(file.path) if self._can_ask else None
+        request = self._request(file.path) if self._usable else None
         if request is None:
             return None
         try:
             tls = self.source.tls if request.type == "https" else None
             # The endpoint is the operator's own setting, and https by default.
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=tls) as answer:  # noqa: S310
-                headers = answer.headers
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=tls) as response:  # noqa: S310
+                headers = response.headers
         except Exception as error:  # not worth a failed download, whatever it is
-            logger.warning(
-                "no checksum for %s of %s: %s",
-                file.path,
-                without_secrets(self.source.uri),
-                message_of(error),
-            )
+            uri, why = self.source.shown_uri, message_of(error)
+            self._logger.warning("no checksum for %s of %s: %s", file.path, uri, why)
             return None
         etags = {str(etag).strip('"') for etag in (headers.get("ETag", file.etag), file.etag)}
         if len(etags) > 1:  # only some listings have the quotes
-            return None  # another version; the ranges, which are pinned to ours, will say so
+            return None  # another version; the ranges, which are pinned to ours, will fail
         encrypted = headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
         own_key = "x-amz-server-side-encryption-customer-algorithm" in headers
         etag_is_md5 = self.source.scheme == "s3" and not (encrypted or own_key)
@@ -111,18 +93,18 @@ class Heads:
         return Head(_full_checksum(headers), etag_is_md5)
 
     def _request(self, path: str) -> urllib.request.Request | None:
-        """Make the request, with the credentials that the downloads use."""
+        """Build the request, with the credentials that the downloads use."""
         import urllib.request
 
         try:
             url, headers = self._s3(path) if self.source.scheme == "s3" else self._others(path)
         except Exception as error:  # whatever botocore or obstore raise; it will be so for all
-            self._can_ask = False
+            self._usable = False
             missing = isinstance(error, ImportError)
-            logger.warning(
+            self._logger.warning(
                 "%s: some files are verified by size only, because the store cannot be asked for "
                 "their checksum: %s%s",
-                without_secrets(self.source.uri),
+                self.source.shown_uri,
                 message_of(error),
                 "; install 'rayserve_hooks[download]' on every node" if missing else "",
             )
@@ -130,21 +112,20 @@ class Heads:
         return urllib.request.Request(url, method="HEAD", headers=headers)  # noqa: S310 - as above
 
     def _s3(self, path: str) -> tuple[str, dict[str, str]]:
-        """Sign as botocore does; obstore's signed URLs cannot ask for a checksum.
+        """Sign as botocore does; obstore's signed URLs cannot request a checksum.
 
-        Not with a client of boto3: making one takes a tenth of a second in which no other thread
-        runs, and here it would be for one kind of request.
+        Not with a client of boto3: creating one holds the GIL for 100 ms, for one kind of request.
         """
         session = None if self.source.anonymous else self._session
-        at = region() or (session and session.region_name) or "us-east-1"
-        url = self.source.url_of(path, at)
+        region = aws_region() or (session and session.region_name) or "us-east-1"
+        url = self.source.url_of(path, region)
         headers = {"x-amz-checksum-mode": "ENABLED"}
         if session is not None:
             from botocore.auth import S3SigV4Auth
             from botocore.awsrequest import AWSRequest
 
             signed = AWSRequest("HEAD", url, headers=headers)
-            S3SigV4Auth(session.get_credentials(), "s3", at).add_auth(signed)
+            S3SigV4Auth(session.get_credentials(), "s3", region).add_auth(signed)
             headers = dict(signed.headers.items())
         return url, headers
 
@@ -155,13 +136,13 @@ class Heads:
         return boto3.Session()
 
     def _others(self, path: str) -> tuple[str, dict[str, str]]:
-        # Azure's signatures are for permissions; that to read is the one of GET.
+        # Azure signs permissions instead of methods; reading is the permission of GET.
         method: Literal["GET", "HEAD"] = "HEAD" if self.source.scheme == "gs" else "GET"
         return self.source.readable_url_of(path, method), {}
 
 
 def _full_checksum(headers: Mapping[str, str]) -> str | None:
-    """Pick the first checksum of the whole object that can be computed here, fastest first."""
+    """Return the fastest checksum of the whole object that can be computed here."""
     for algorithm in ("crc64nvme", "crc32c", "crc32", "sha256", "sha1"):
         value = headers.get(f"x-amz-checksum-{algorithm}")
         # A checksum of checksums ends in the number of parts; some stores do not send the type.

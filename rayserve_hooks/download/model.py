@@ -4,14 +4,11 @@ Ray's own downloader is not used: it logs and swallows failures, of a whole mode
 files, and writes ``refs/main`` before the files (Ray 2.60, ``CloudModelDownloader.get_model``,
 ``S3FileSystem.download_files``). Layout, file selection and the ``hash`` object are Ray's.
 
-A download is complete or absent, and done once per node, however many processes ask for it at the
-same time: `rayserve_hooks.download.node_lock`. The folder ``.rayserve_hooks`` in the model's folder says
-which files are whole, so that asking again costs one listing. See `rayserve_hooks.download.transfer` for
-what is verified and how a killed download is resumed, `rayserve_hooks.download.stores` for URIs and
-credentials.
-
-``RAYSERVE_HOOKS_PROGRESS=1`` in a replica's environment shows a progress bar on the driver's
-terminal; on a driver a terminal has one anyway, unless the variable is ``0``.
+A download is complete or absent, and runs once per node, however many processes request it at the
+same time: `rayserve_hooks.download.node_lock`. The folder ``.rayserve_hooks`` in the model's folder
+lists the complete files, so that a repeated download costs one listing. See
+`rayserve_hooks.download.transfer` for verification and how a killed download is resumed,
+`rayserve_hooks.download.stores` for URIs and credentials.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import logging
 import os
 import re
 import stat
@@ -32,17 +28,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.download.caller import STANDALONE, Caller
 from rayserve_hooks.download.checksums import checksum_of
 from rayserve_hooks.download.heads import Heads, expected_checksum
 from rayserve_hooks.download.node_lock import node_lock
 from rayserve_hooks.download.stores import STATE_FOLDER, RemoteFile, Source, open_source
 from rayserve_hooks.download.transfer import Content, fetch, unwritable
 from rayserve_hooks.errors import DownloadError, describe
-from rayserve_hooks.trace import LOGGER_NAME
 
-logger = logging.getLogger(LOGGER_NAME)
-
-# What Ray takes for tokenizer files (CloudFileSystem.download_model, Ray 2.60).
+# What Ray considers tokenizer files (CloudFileSystem.download_model, Ray 2.60).
 _TOKENIZER_PARTS = ("tokenizer", "config.json", "chat_template")
 _WEIGHTS_SUFFIX = ".safetensors"
 _REVISION_OBJECT = "hash"
@@ -52,7 +46,7 @@ _CHECK_THREADS = 8
 
 @dataclass(frozen=True)
 class Mirror:
-    """Where the model's files are: Ray's ``CloudMirrorConfig``, which is costly to import.
+    """Where the model's files are: Ray's ``CloudMirrorConfig``, which is slow to import.
 
     Args:
         bucket_uri: ``s3://``, ``gs://``, ``azure://`` or ``abfss://``; None for extra files only.
@@ -69,8 +63,9 @@ def download_node(
     mode: NodeModelDownloadable,
     *,
     from_hub: bool = False,
+    caller: Caller = STANDALONE,
 ) -> str | None:
-    """Download what ``mode`` asks for, and the mirror's extra files, to this node.
+    """Download what ``mode`` selects, and the mirror's extra files, to this node.
 
     Blocks; call it from a thread without a running event loop.
 
@@ -79,40 +74,40 @@ def download_node(
         mirror: The bucket; None for a local path or a Hugging Face id.
         mode: Which of the model's files. Extra files are fetched in every mode, as in Ray.
         from_hub: Fetch a Hugging Face id here instead of leaving it to the engine.
+        caller: Its logger, name, progress bar and cancellation.
 
     Returns:
-        The folder with the model, or None when nothing of it was downloaded.
+        The folder with the model, or None if nothing of it was downloaded.
 
     Raises:
-        DownloadError: The store refused, has no such files, or what came is not what it holds;
-            the files cannot be written.
+        DownloadError: The store refused, has no such files or sent damaged ones, or the files
+            cannot be written.
     """
     for uri, destination in mirror.extra_files if mirror else ():
-        _download_extra(uri, Path(os.path.expandvars(destination)).expanduser())
+        _download_extra(uri, Path(os.path.expandvars(destination)).expanduser(), caller)
     if mode is NodeModelDownloadable.NONE:
         return None
     if mirror is not None and mirror.bucket_uri is not None:
-        return str(_download_model(model_id, mirror.bucket_uri, mode))
+        return str(_download_model(model_id, mirror.bucket_uri, mode, caller))
     if from_hub and not Path(model_id).expanduser().exists():
-        return _download_from_hub(model_id, mode)
+        return _download_from_hub(model_id, mode, caller)
     return None
 
 
-def _download_extra(uri: str, target: Path) -> None:
-    with node_lock(target, f"extra files of {uri}"):
-        source = open_source(uri)
+def _download_extra(uri: str, target: Path, caller: Caller) -> None:
+    with node_lock(target, f"extra files of {uri}", caller.logger):
+        source = open_source(uri, caller)
         files = source.list_files()
-        records = _Records(target / STATE_FOLDER, f"extra-{_short_hash(uri)}", uri)
+        name = f"extra-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
+        records = _Records(target / STATE_FOLDER, name, uri)
         _complete(source, list(files.values()), target, "", records)
         records.finish("", None)
 
 
-def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable) -> Path:
-    from rayserve_hooks.cluster._ray import deployment_name
-
+def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable, caller: Caller) -> Path:
     folder = _model_folder(model_id)
-    with node_lock(folder, f"{deployment_name(model_id)}, {mode.name} of {uri}"):
-        source = open_source(uri)
+    with node_lock(folder, f"{caller.label or model_id}, {mode.name} of {uri}", caller.logger):
+        source = open_source(uri, caller)
         files = source.list_files()
         hash_object = files.pop(_REVISION_OBJECT, None)
         wanted = [file for path, file in files.items() if _selected(path, mode)]
@@ -125,7 +120,7 @@ def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable) -> Pat
         revision = _revision(source, hash_object, records)
         snapshot = folder / "snapshots" / revision
         _complete(source, wanted, snapshot, revision, records)
-        # refs/main is what says to the engine that the snapshot can be read.
+        # Last: the engine reads the snapshot that refs/main names.
         _write_if_changed(folder / "refs" / "main", revision)
         records.finish(revision, hash_object)
     return snapshot
@@ -137,7 +132,7 @@ def _model_folder(model_id: str) -> Path:
     return Path(HF_HUB_CACHE, f"models--{model_id.replace('/', '--')}")
 
 
-def _download_from_hub(model_id: str, mode: NodeModelDownloadable) -> str:
+def _download_from_hub(model_id: str, mode: NodeModelDownloadable, caller: Caller) -> str:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
@@ -146,25 +141,23 @@ def _download_from_hub(model_id: str, mode: NodeModelDownloadable) -> str:
             f"downloading {model_id!r} needs the package 'huggingface_hub'; install "
             "'rayserve_hooks[download]' on every node"
         ) from error
-    allowed = None
+    allowed = excluded = None
     if mode is NodeModelDownloadable.TOKENIZER_ONLY:
         allowed = [f"*{part}*" for part in _TOKENIZER_PARTS]
-    excluded = None
-    if mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS:
+    elif mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS:
         excluded = [f"*{_WEIGHTS_SUFFIX}"]
-    with node_lock(_model_folder(model_id), f"{mode.name} of the Hugging Face Hub"):
+    purpose = f"{mode.name} of the Hugging Face Hub"
+    with node_lock(_model_folder(model_id), purpose, caller.logger):
         try:
             return snapshot_download(model_id, allow_patterns=allowed, ignore_patterns=excluded)
-        except HfHubHTTPError as error:
-            detail = (error.server_message or type(error).__name__).rstrip(".")
+        except Exception as error:  # the hub raises its own and those of its HTTP client
+            detail, check = describe(error), "HF_ENDPOINT and the network"
+            if isinstance(error, HfHubHTTPError):
+                detail = (error.server_message or type(error).__name__).rstrip(".")
+                check = "HF_TOKEN and whether the token may read the model"
             raise DownloadError(
                 f"cannot fetch {model_id!r} from the Hugging Face Hub: {detail}; check the id, "
-                "HF_TOKEN and whether the token may read the model"
-            ) from error
-        except Exception as error:  # the hub raises its own and those of its HTTP client
-            raise DownloadError(
-                f"cannot fetch {model_id!r} from the Hugging Face Hub: {describe(error)}; check "
-                "the id, HF_ENDPOINT and the network"
+                f"{check}"
             ) from error
 
 
@@ -181,8 +174,7 @@ def _revision(source: Source, hash_object: RemoteFile | None, records: _Records)
         return _DEFAULT_REVISION
     revision = records.revision_of(hash_object)
     if revision is None:
-        content = source.read(_REVISION_OBJECT)
-        revision = content.decode("ascii", "replace").strip()
+        revision = source.read(_REVISION_OBJECT).decode("ascii", "replace").strip()
     if not re.fullmatch(r"[\w-][\w.-]*", revision, re.ASCII):
         raise DownloadError(
             f"the object 'hash' of {source.uri} holds {revision!r}, which cannot name a folder; "
@@ -193,7 +185,7 @@ def _revision(source: Source, hash_object: RemoteFile | None, records: _Records)
 
 @dataclass(frozen=True)
 class _Record:
-    """A file that was whole when this was written."""
+    """A file that was complete when this was written."""
 
     revision: str
     path: str
@@ -205,9 +197,9 @@ class _Record:
 
 
 class _Records:
-    """What is known of the files in a folder: the markers, and the log of unfinished downloads.
+    """What is known of the files in a folder: the markers, and the logs of unfinished downloads.
 
-    A marker says that a mode's download is complete, and is written last. The log gets a line
+    A marker records that a mode's download is complete, and is written last. A log gets a line
     for each file before the file is published, so that a killed download loses none.
     """
 
@@ -240,15 +232,15 @@ class _Records:
             self._known.setdefault(record.path, {})[record.revision] = record
 
     def revision_of(self, hash_object: RemoteFile) -> str | None:
-        """Give what the object ``hash`` holds, if this version of it has been read."""
+        """Return the content of the object ``hash``, if this version of it has been read."""
         return self._revisions.get(hash_object.version)
 
     def know_any(self) -> bool:
-        """Tell whether any file of this source was whole at some time."""
+        """Return whether any file of this source has ever been complete."""
         return bool(self._known)
 
     def same_version(self, revision: str, file: RemoteFile) -> _Record | None:
-        """Find the record of a file as the store has it now."""
+        """Return the record of a file in the version that the store has now."""
         record = self._known.get(file.path, {}).get(revision)
         if record is None or (record.size, record.version) != (file.size, file.version):
             return None
@@ -260,21 +252,13 @@ class _Records:
         return [record for record in found if record is not None]
 
     def keep(self, record: _Record) -> None:
-        """Count a file as whole without writing it down yet."""
+        """Record that a file is complete; only the marker will list it."""
         self._current[record.path] = record
 
     def add(self, revision: str, file: RemoteFile, content: Content, on_disk: str) -> None:
-        """Write down that a file is whole; its time of change is how it is known again."""
+        """Log that a file is complete; its modification time identifies it later."""
         mtime_ns = os.stat(on_disk).st_mtime_ns
-        record = _Record(
-            revision,
-            file.path,
-            file.size,
-            file.version,
-            mtime_ns,
-            content.checksum,
-            content.verified,
-        )
+        record = _Record(revision, file.path, file.size, file.version, mtime_ns, **vars(content))
         line = json.dumps({"uri": self._uri, **vars(record)})
         with self._lock:
             if self._log_file is None:
@@ -288,7 +272,7 @@ class _Records:
             self._log_file = None
 
     def finish(self, revision: str, hash_object: RemoteFile | None) -> None:
-        """Write the marker: the download is complete."""
+        """Write the marker of a complete download."""
         files = [vars(self._current[path]) for path in sorted(self._current)]
         marker = {
             "uri": self._uri,
@@ -305,21 +289,21 @@ class _Records:
 def _complete(
     source: Source, wanted: list[RemoteFile], folder: Path, revision: str, records: _Records
 ) -> None:
-    """Make all wanted files be there, whole; fetch only those that are not."""
+    """Fetch those of the wanted files that are missing, incomplete or damaged."""
     started = time.monotonic()
-    heads = Heads(source)
+    heads, logger = Heads(source), source.caller.logger
 
-    def not_whole(files: list[RemoteFile]) -> list[RemoteFile]:
-        return [file for file in files if not _is_whole(heads, file, folder, revision, records)]
+    def incomplete(files: list[RemoteFile]) -> list[RemoteFile]:
+        return [file for file in files if not _is_complete(heads, file, folder, revision, records)]
 
     missing = wanted
     try:
         records.folder.mkdir(parents=True, exist_ok=True)
         if folder.exists() or records.know_any():
-            # Slices: handing over one file costs more than to look at it.
+            # Slices: submitting one file to a thread costs more than checking it.
             slices = [wanted[first::_CHECK_THREADS] for first in range(_CHECK_THREADS)]
             with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-                missing = list(itertools.chain.from_iterable(pool.map(not_whole, slices)))
+                missing = list(itertools.chain.from_iterable(pool.map(incomplete, slices)))
     except OSError as error:
         raise unwritable(error, folder) from error
     logger.info("%s: %d files, %d to fetch into %s", source.uri, len(wanted), len(missing), folder)
@@ -347,7 +331,7 @@ def _complete(
     )
 
 
-def _is_whole(
+def _is_complete(
     heads: Heads, file: RemoteFile, folder: Path, revision: str, records: _Records
 ) -> bool:
     target = f"{folder}/{file.path}"
@@ -375,7 +359,7 @@ def _is_whole(
 
 
 def _linked(file: RemoteFile, folder: Path, revision: str, records: _Records) -> bool:
-    """Take over the same version of a file from the snapshot of another revision."""
+    """Hard-link the same version of a file from the snapshot of another revision."""
     for record in records.of_other_revisions(revision, file):
         old = folder.parent / record.revision / file.path
         target = folder / file.path
@@ -384,7 +368,7 @@ def _linked(file: RemoteFile, folder: Path, revision: str, records: _Records) ->
         if old.stat().st_size != file.size or target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # a file system without links: fetched instead
+        with contextlib.suppress(OSError):  # a file system without hard links: fetch it instead
             target.hardlink_to(old)
             records.add(revision, file, Content(record.checksum, record.verified), str(target))
             return True
@@ -401,7 +385,3 @@ def _write_if_changed(path: Path, text: str) -> None:
         written.replace(path)
     except OSError as error:
         raise unwritable(error, path) from error
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,8 +1,8 @@
-"""One process of a node at a time: a lock that says who holds it, and never gives up.
+"""Per-node inter-process lock. Reports the owner while waiting.
 
-The lock files are on the local disk even when the locked folder is on a share, where locks of
-other nodes would count and may not work at all. ``RAYSERVE_HOOKS_LOCK_DIR`` moves them, which
-containers need that share a folder but not their ``/tmp``.
+The lock files are on the local disk even if the locked folder is on a share, where the locks of
+other nodes would count and may not work at all. ``RAYSERVE_HOOKS_LOCK_DIR`` moves them, which is
+needed in containers that share a folder but not their ``/tmp``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rayserve_hooks.errors import DownloadError, describe
-from rayserve_hooks.trace import LOGGER_NAME
-
-logger = logging.getLogger(LOGGER_NAME)
 
 LOCK_DIR_VARIABLE = "RAYSERVE_HOOKS_LOCK_DIR"
 _REPORT_S = 5.0
@@ -29,17 +26,18 @@ _POLL_S = 0.1
 
 
 @contextlib.contextmanager
-def node_lock(folder: Path, purpose: str) -> Iterator[None]:
-    """Keep the other processes of this node out of a folder; wait for them without a limit.
+def node_lock(folder: Path, purpose: str, logger: logging.Logger) -> Iterator[None]:
+    """Lock a folder against the other processes of this node; wait for them without a limit.
 
-    The kernel frees the lock of a process that ends, however it ends.
+    The kernel releases the lock of a process that ends, however it ends.
 
     Args:
         folder: What is locked. Need not exist.
-        purpose: What for, shown to those who wait.
+        purpose: What for, shown to processes that wait.
+        logger: Logs the owner while waiting.
 
     Raises:
-        DownloadError: The lock file cannot be made.
+        DownloadError: The lock file cannot be created.
     """
     from filelock import FileLock, Timeout
 
@@ -90,7 +88,7 @@ def _write_owner(path: Path, purpose: str) -> None:
     process = Path("/proc/self/cmdline").read_bytes().partition(b"\0")[0].decode(errors="replace")
     owner = {"pid": os.getpid(), "process": process, "purpose": purpose, "since": time.time()}
     written = path.with_suffix(f".{os.getpid()}")
-    # Only the waiting read it: a full disk must not end a download that may need none.
+    # It only informs: a full disk must not end a download that may need no space.
     with contextlib.suppress(OSError):
         written.write_text(json.dumps(owner))
         written.replace(path)

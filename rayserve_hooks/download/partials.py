@@ -1,7 +1,7 @@
-"""Files on their way: each has a partial file in the state folder until it is whole.
+"""Partial files: each file being fetched has one in the state folder until it is complete.
 
 A partial file is named after the object's path and version. A journal beside it lists the ranges
-that are written, so that a later run goes on where a killed one ended.
+that are written, so that a later run resumes where a killed one ended.
 
 Paths are strings here: with thousands of small files, ``pathlib`` takes longer than the requests.
 """
@@ -22,20 +22,20 @@ from rayserve_hooks.download.stores import RemoteFile
 RANGE_BYTES = 16 * 2**20
 
 Span = tuple[int, int]
-"""The first byte of a range, and the first behind it."""
+"""The first byte of a range, and the first byte after it."""
 
 
 @dataclass
 class PartialFile:
-    """One object on its way.
+    """One object being fetched.
 
     Attributes:
         file: The object.
         target: The file it becomes.
-        stem: The path of the partial file and of its journal, without their endings.
+        stem: The path of the partial file and of its journal, without their suffixes.
         spans: The ranges it is fetched in.
         done: Those of them that are written.
-        head: What the store says of its checksum, where it is asked.
+        head: The store's response to the request for its checksum, if one was made.
         finishing: Whether a thread is about to publish it.
         crcs: By a range's first byte, the CRC64NVME of what this run has written there.
     """
@@ -90,7 +90,7 @@ class PartialFile:
                 os.close(fd)
         self._fd = self._journal_fd = -1
 
-    def forget_journal(self) -> None:
+    def remove_journal(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._journal)
 
@@ -98,7 +98,7 @@ class PartialFile:
         self.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
-        self.forget_journal()
+        self.remove_journal()
         self.done.clear()
         self.crcs.clear()
         self.finishing = False
@@ -111,15 +111,15 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def plan(files: list[RemoteFile], folder: Path, state: Path) -> list[PartialFile]:
-    """See what earlier runs have left, and remove what they left of other versions.
+    """Find the partial files of earlier runs, and remove those of other versions.
 
     Args:
-        files: What is wanted.
+        files: What to fetch.
         folder: Where the files go.
         state: Where partial files are kept.
 
     Returns:
-        What is to be done, the smallest file first.
+        The partial file of each, the smallest file first.
     """
     # Names hold a hash: paths may be longer, or deeper, than a file name can be.
     names = {file.path: _hash(file.path) for file in files}
@@ -133,15 +133,15 @@ def plan(files: list[RemoteFile], folder: Path, state: Path) -> list[PartialFile
         spans = [(start, min(start + RANGE_BYTES, file.size)) for start in steps]
         partial = PartialFile(file, f"{folder}/{file.path}", f"{state}/{name}", spans, set())
         if f"{name}.partial" in present and f"{name}.journal" in present:
-            partial.done = journaled(state / f"{name}.journal") & set(spans)
+            partial.done = read_journal(state / f"{name}.journal") & set(spans)
         partials.append(partial)
     prefixes = set(names.values())
     for name in present:
         stem, _, kind = name.partition(".")
         stale = stem.partition("-")[0] in prefixes and stem not in current
-        # Its run was killed after it had published the file.
-        alone = kind == "journal" and f"{stem}.partial" not in present
-        if stale or alone:
+        # The run was killed after it had published the file.
+        orphaned = kind == "journal" and f"{stem}.partial" not in present
+        if stale or orphaned:
             (state / name).unlink(missing_ok=True)
     return partials
 
@@ -150,8 +150,8 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def journaled(journal: Path) -> set[Span]:
-    """Read which ranges are written."""
-    # A line without its end was cut off by a crash.
+def read_journal(journal: Path) -> set[Span]:
+    """Return the ranges that are written."""
+    # A line without a newline was cut off by a crash.
     lines = re.findall(r"^(\d+) (\d+)\n", journal.read_text("ascii", "replace"), re.MULTILINE)
     return {(int(start), int(end)) for start, end in lines}

@@ -1,45 +1,44 @@
-"""How far a download is, for the log and for a person who watches."""
+"""The progress of a download, logged and shown in the caller's progress bar."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
 
-from rayserve_hooks.trace import LOGGER_NAME
-
-logger = logging.getLogger(LOGGER_NAME)
+from rayserve_hooks.download.caller import Caller
 
 REPORT_S = 5.0
 
 
 class Progress:
-    """Counts bytes; tells the log every few seconds, and a bar if a person watches."""
+    """Counts bytes; logs the count every few seconds and updates the bar, if there is one.
 
-    def __init__(self, label: str, total: int, reused: int) -> None:
-        self._label, self._total = label, total
+    Attributes:
+        done: The bytes on disk.
+        reused: Those of them that earlier runs have fetched.
+    """
+
+    def __init__(self, label: str, total: int, reused: int, caller: Caller) -> None:
+        self._label, self._total, self._logger = label, total, caller.logger
         self.reused = self.done = reused
-        self.bar: Any = None
         self._lock = threading.Lock()
         self._started = self._logged = time.monotonic()
+        self._bar = caller.progress_bar(label, total) if caller.progress_bar else None
+        self._shown = 0
+        self._show()
 
     def add(self, size: int) -> None:
         with self._lock:
             self.done += size
 
     def report(self) -> None:
-        self.show()
+        self._show()
         now = time.monotonic()
         if now - self._logged < REPORT_S:
             return
         self._logged = now
         rate = (self.done - self.reused) / (now - self._started)
-        logger.info(
+        self._logger.info(
             "%s: %.2f of %.2f GB (%d%%), %.2f GB/s",
             self._label,
             self.done / 1e9,
@@ -48,24 +47,12 @@ class Progress:
             rate / 1e9,
         )
 
-    def show(self) -> None:
-        if self.bar is not None:
-            self.bar.update(self.done - self.bar.n)
+    def _show(self) -> None:
+        if self._bar is not None:
+            done = self.done  # other threads go on adding
+            self._bar.update(done - self._shown)
+            self._shown = done
 
-
-@contextlib.contextmanager
-def watched(progress: Progress) -> Iterator[None]:
-    """Show Ray's progress bar, which reaches the driver's terminal from any process."""
-    wanted = os.environ.get("RAYSERVE_HOOKS_PROGRESS", "1" if sys.stderr.isatty() else "0")
-    if wanted != "1":
-        yield
-        return
-    from ray.experimental import tqdm_ray
-
-    progress.bar = tqdm_ray.tqdm(desc=progress._label, total=progress._total, unit="B")
-    try:
-        progress.show()
-        yield
-        progress.show()
-    finally:
-        progress.bar.close()
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

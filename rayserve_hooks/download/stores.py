@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlsplit
 
+from rayserve_hooks.download.caller import STANDALONE, Caller
 from rayserve_hooks.errors import DownloadError, describe
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 STATE_FOLDER = ".rayserve_hooks"
 """Where this package keeps markers and partial files, in the folder it downloads to."""
 
-# A request may take as long as it goes on; obstore's own limit is 30 s for all of it.
+# A request may take as long as bytes arrive; obstore's default limit is 30 s for all of it.
 _CLIENT: ClientConfig = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "1h"}
 # 429, 5xx, resets and timeouts: exponential back-off from 0.1 to 15 s with jitter, 3 minutes.
 _RETRIES: RetryConfig = {"max_retries": 10}
@@ -49,7 +50,7 @@ class RemoteFile:
     Args:
         path: Relative to the store's URI.
         size: In bytes.
-        etag: As the store gives it, quotes included; None where it gives none.
+        etag: As the store sends it, quotes included; None if it sends none.
         version: Changes whenever the content does: the ETag, or else the time of change.
     """
 
@@ -61,10 +62,11 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Source:
-    """An open store: the folder behind a URI."""
+    """An open store: the folder behind a URI, read for a caller."""
 
     uri: str
     store: ObjectStore
+    caller: Caller = STANDALONE
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
@@ -72,35 +74,40 @@ class Source:
         return self.uri.partition("://")[0]
 
     @property
+    def shown_uri(self) -> str:
+        """The URI as it may be logged."""
+        return without_secrets(self.uri)
+
+    @property
     def anonymous(self) -> bool:
         return self.uri.startswith(f"{self.scheme}://{ANONYMOUS}")
 
     def key_of(self, path: str) -> tuple[str, str]:
-        """Give the bucket, and an object's key in it."""
+        """Return the bucket, and an object's key in it."""
         rest = self.uri.partition("://")[2].removeprefix(ANONYMOUS)
         bucket, _, prefix = rest.partition("/")
         return bucket, "/".join(filter(None, [prefix.strip("/"), path]))
 
-    def url_of(self, path: str, at: str | None = None) -> str:
-        """Give the address of an object of S3 or Google Cloud Storage, without a signature.
+    def url_of(self, path: str, region: str | None = None) -> str:
+        """Return the unsigned URL of an object of S3 or Google Cloud Storage.
 
         Args:
             path: Relative to the store's URI.
-            at: The region, where it is known; by default the environment's.
+            region: Where the bucket is, if known; by default the environment's region.
         """
         if self.scheme == "s3":
-            at = at or region() or "us-east-1"
-            endpoint = s3_endpoint() or f"https://s3.{at}.amazonaws.com"
+            region = region or aws_region() or "us-east-1"
+            endpoint = s3_endpoint() or f"https://s3.{region}.amazonaws.com"
         else:
             endpoint = gcs_endpoint() or "https://storage.googleapis.com"
         bucket, key = self.key_of(path)
         return f"{endpoint.rstrip('/')}/{bucket}/{quote(key, safe='/~')}"
 
     def readable_url_of(self, path: str, method: Literal["GET", "HEAD"] = "GET") -> str:
-        """Give an object's address as it can be asked for: signed, unless that is not wanted.
+        """Return an object's URL, signed unless the store is read anonymously.
 
         Raises:
-            Exception: Of obstore's own classes, where its credentials cannot sign.
+            Exception: Of obstore's own classes, if its credentials cannot sign.
         """
         if self.anonymous:
             return self.url_of(path)
@@ -111,8 +118,8 @@ class Source:
 
     @property
     def tls(self) -> ssl.SSLContext:
-        """What Python's own clients need to trust whom obstore trusts here."""
-        with self._lock:  # it reads all certificates: once, not in each thread
+        """The TLS context with which Python's own clients trust whom obstore trusts here."""
+        with self._lock:  # reading all certificates is slow: once, not in each thread
             return self._tls
 
     @functools.cached_property
@@ -146,13 +153,14 @@ class Source:
             if path.endswith("/") or parts[:1] == [STATE_FOLDER]:
                 continue
             if path.startswith("/") or ".." in parts or "\0" in path:
-                raise _unsafe(self.uri, repr(path))
+                raise DownloadError(
+                    f"{self.shown_uri} holds an object {path!r}, which would leave the folder it "
+                    "goes to; rename it"
+                )
             version = meta["e_tag"] or meta["last_modified"].isoformat()
             files[path] = RemoteFile(path, meta["size"], meta["e_tag"], version)
         if not files:
-            raise DownloadError(
-                f"{without_secrets(self.uri)} holds no object; check bucket and path"
-            )
+            raise DownloadError(f"{self.shown_uri} holds no object; check bucket and path")
         return files
 
     def read(self, path: str) -> bytes:
@@ -167,18 +175,19 @@ class Source:
             raise failure(f"cannot fetch {path!r} of {self.uri}", error) from error
 
 
-def open_source(uri: str) -> Source:
+def open_source(uri: str, caller: Caller = STANDALONE) -> Source:
     """Open the store behind a URI; no request is made yet.
 
     Args:
         uri: ``s3://bucket/path``, ``gs://bucket/path``, both also with ``anonymous@`` before the
             bucket, ``azure://container@account.blob.core.windows.net/path`` or
             ``abfss://container@account.dfs.core.windows.net/path``.
+        caller: The caller of the download.
 
     Raises:
         DownloadError: The URI is none of these, or there are no credentials.
     """
-    # Ray chooses its slow client by this prefix; here there is one client for all.
+    # The prefix selects Ray's slow client; here there is one client for all.
     uri = uri.removeprefix("pyarrow-")
     try:
         from obstore.store import from_url
@@ -190,7 +199,7 @@ def open_source(uri: str) -> Source:
     scheme, _, rest = uri.partition("://")
     try:
         if scheme in _AZURE_HOSTS:
-            return Source(uri, _open_azure(uri, scheme))
+            return Source(uri, _open_azure(uri, scheme), caller)
         options: dict[str, Any] = {"client_options": _CLIENT, "retry_config": _RETRIES}
         if rest.startswith(ANONYMOUS):
             rest = rest.removeprefix(ANONYMOUS)
@@ -201,14 +210,14 @@ def open_source(uri: str) -> Source:
             options |= _gcs_options()
         elif scheme == "file":
             options = {}
-        return Source(uri, from_url(f"{scheme}://{rest}", **options))
+        return Source(uri, from_url(f"{scheme}://{rest}", **options), caller)
     except DownloadError:
         raise
     except Exception as error:  # obstore and botocore raise classes of their own
         raise failure(f"cannot open {uri}", error, check="the URI and the credentials") from error
 
 
-def region() -> str | None:
+def aws_region() -> str | None:
     return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
 
 
@@ -219,7 +228,11 @@ def s3_endpoint() -> str | None:
 def _s3_options(*, anonymous: bool) -> dict[str, Any]:
     endpoint = s3_endpoint()
     client: dict[str, Any] = dict(_CLIENT)
-    options: dict[str, Any] = {"region": region(), "endpoint": endpoint, "client_options": client}
+    options: dict[str, Any] = {
+        "region": aws_region(),
+        "endpoint": endpoint,
+        "client_options": client,
+    }
     if endpoint is not None and endpoint.startswith("http://"):
         client["allow_http"] = True
     elif (certificates := _s3_certificates()) is not None:
@@ -230,7 +243,7 @@ def _s3_options(*, anonymous: bool) -> dict[str, Any]:
 
 
 def _s3_certificates() -> str | None:
-    """Read whom to trust besides the system's authorities, from the variables of boto3."""
+    """Return the certificates to trust besides the system's, from the variables of boto3."""
     for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
         if file := os.environ.get(variable):
             try:
@@ -244,7 +257,7 @@ def _s3_certificates() -> str | None:
 
 
 def gcs_endpoint() -> str | None:
-    """Give the address of a server in place of Google's, as Google's own clients read it."""
+    """Return the URL of a server in place of Google's, as Google's own clients read it."""
     host = os.environ.get("STORAGE_EMULATOR_HOST")
     return host if host is None or "://" in host else f"http://{host}"
 
@@ -258,7 +271,7 @@ def _gcs_options() -> dict[str, Any]:
 
 
 def _boto3_credentials(configured_region: str | None) -> dict[str, Any]:
-    """Take boto3's chain of credentials: profiles, SSO, roles; without boto3 obstore's shorter."""
+    """Use boto3's credential chain: profiles, SSO, roles; without boto3 obstore's shorter one."""
     try:
         import boto3
         from obstore.auth.boto3 import Boto3CredentialProvider
@@ -301,7 +314,7 @@ def _open_azure(uri: str, scheme: str) -> ObjectStore:
 
 
 def _azure_identity() -> dict[str, Any]:
-    """Take Azure's default credentials, as Ray does; without azure-identity obstore's own."""
+    """Use Azure's default credentials, as Ray does; without azure-identity obstore's own."""
     try:
         from obstore.auth.azure import AzureCredentialProvider
     except ImportError:
@@ -310,18 +323,14 @@ def _azure_identity() -> dict[str, Any]:
 
 
 def failure(what: str, error: Exception, check: str | None = None) -> DownloadError:
-    """Turn a store's error into ours: its own message, and what to check.
+    """Return a store's error as ours: its own message, and what to check.
 
     Args:
         what: What could not be done.
         error: What obstore raised.
-        check: What to check, where the error itself does not tell.
+        check: What to check, unless the error itself shows that.
     """
-    from obstore.exceptions import (
-        PermissionDeniedError,
-        PreconditionError,
-        UnauthenticatedError,
-    )
+    from obstore.exceptions import PermissionDeniedError, PreconditionError, UnauthenticatedError
 
     text = message_of(error)
     if isinstance(error, PreconditionError):
@@ -340,21 +349,14 @@ def failure(what: str, error: Exception, check: str | None = None) -> DownloadEr
     return DownloadError(f"{without_secrets(what)}: {text}; {advice}")
 
 
-def _unsafe(uri: str, path: str) -> DownloadError:
-    return DownloadError(
-        f"{without_secrets(uri)} holds an object {path}, which would leave the folder it goes to; "
-        "rename it"
-    )
-
-
 def message_of(error: Exception) -> str:
-    """Keep the store's own message, without obstore's dump, request ids and key ids around it."""
+    """Return the store's own message, without obstore's dump, request ids and key ids."""
     text, _, dump = describe(error).partition("\n\nDebug source")
-    said = [re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message")]
-    if any(said):
-        text = text.partition("<")[0] + ": ".join(found[1] for found in said if found)
+    matches = [re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message")]
+    if any(matches):
+        text = text.partition("<")[0] + ": ".join(match[1] for match in matches if match)
     elif "HTTP error" in text and (reason := _REASON.search(dump)):
-        # There is no answer of the store, and why not is in the dump alone.
+        # The store sent no response, and only the dump has the reason.
         text = ": ".join(filter(None, [text, *reason.groups()]))
     return " ".join(without_secrets(text).split()).rstrip(".")
 
@@ -372,6 +374,6 @@ _REASON = re.compile(
 
 
 def without_secrets(text: str) -> str:
-    """Take out of a text what may hold secrets: query strings, and passwords in URLs."""
+    """Remove what may hold secrets from a text: query strings, and passwords in URLs."""
     text = re.sub(r"(\w+://[^\s?]*)\?[^\s)>\"']*", r"\1", text)
     return re.sub(r"://[^/@\s]*:[^/@\s]*@", "://", text)

@@ -1,17 +1,17 @@
 """The transfer itself: parallel ranges, verified, resumed, and published by rename.
 
-While an object is on its way its bytes are in a partial file (`rayserve_hooks.download.partials`). Every
-request is pinned to the listed version.
+While an object is fetched its bytes are in a partial file, see `rayserve_hooks.download.partials`.
+Every request is pinned to the listed version.
 
-Verified is the size, always, and the store's checksum where there is one: an ETag that is an MD5,
-or what a HEAD tells (`rayserve_hooks.download.heads`). Otherwise it is size and version.
+The size is always verified, and the store's checksum if there is one: an ETag that is an MD5, or
+the one in the response to a HEAD request, see `rayserve_hooks.download.heads`. Otherwise only size
+and version are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import random
 import shutil
@@ -23,46 +23,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rayserve_hooks.core import threads as aio
 from rayserve_hooks.download.checksums import checksum_of, checksum_text
 from rayserve_hooks.download.direct import DirectReader
-from rayserve_hooks.download.heads import Heads, expected_checksum
+from rayserve_hooks.download.heads import Head, Heads, expected_checksum
 from rayserve_hooks.download.partials import PartialFile, Span, plan
-from rayserve_hooks.download.progress import Progress, watched
+from rayserve_hooks.download.progress import Progress
 from rayserve_hooks.download.stores import RemoteFile, failure
 from rayserve_hooks.errors import DownloadError, describe
-from rayserve_hooks.trace import LOGGER_NAME
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult
 
-logger = logging.getLogger(LOGGER_NAME)
-
-# Of obstore's bodies. Small enough that a buffer is used again: larger ones cost more to get from
-# the system than to fill. Memory in use is about three chunks for each stream, or all small files
-# under way.
+# Of obstore's bodies. Small enough that a buffer is reused: larger ones take longer to allocate
+# than to fill. Memory in use is about three chunks per stream, or all small files being fetched.
 CHUNK_BYTES = 2**18
-# Threads, not an event loop: with these it takes a third less to move the same bytes. A connection
-# to S3 gives about 90 MB/s, others less, and machines with more cores have faster networks: 64 take
-# less than half of the time that 24 do where each gives 20 MB/s, but a tenth more on two cores that
-# are busy with 24. Still more would only wait for the interpreter.
+# Threads, not an event loop: they need a third less time for the same bytes. A connection to S3
+# transfers about 90 MB/s, others less, and machines with more cores have faster networks: at
+# 20 MB/s per connection 64 take less than half of the time of 24, but 10 % more on two cores that
+# 24 keep busy. Still more would only wait for the GIL.
 STREAMS = min(64, 16 + 4 * (os.cpu_count() or 1))
 SMALL_BYTES = 2**18
-# Small files are all waiting: 20 to 30 ms each for their first byte.
+# Small files are dominated by latency: 20 to 30 ms each until their first byte.
 SMALL_STREAMS = 128
-# Threads that write and publish small files: more of them would only wait for each other, for the
-# interpreter and for the folder's lock; fewer would be slow where the cache is on a share.
+# Threads that write and publish small files: more would only wait for each other, for the GIL and
+# for the folder's lock; fewer would be slow if the cache is on a share.
 PUBLISHERS = 2
-# obstore repeats requests, and bodies too where it can; this covers the bodies it cannot.
+# obstore retries requests, and bodies too where it can; this covers the bodies it cannot.
 BODY_ATTEMPTS = 4
 BACKOFF_S = 0.2
-# How often the waiting thread looks whether it has been given up, and tells how far it is.
+# How often the waiting thread checks for cancellation and reports the progress.
 WAKE_S = 1.0
 _HEAD_STREAMS = 4
 
 
 class DamagedError(DownloadError):
-    """What has been downloaded is not what the store says it holds."""
+    """A downloaded file does not have the size or checksum that the store has."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Content:
     """What is known of a file's content.
 
     Args:
-        checksum: ``"<algorithm>:<value>"``; None if no library here computes a fast one.
+        checksum: ``"<algorithm>:<value>"``; None if no installed library computes a fast one.
         verified: ``"checksum"`` if the store has the same one, ``"size"`` if it has none.
     """
 
@@ -85,26 +80,22 @@ Consume = Callable[[int, memoryview], None]
 
 
 def fetch(
-    heads: Heads,
-    files: list[RemoteFile],
-    folder: Path,
-    state: Path,
-    publish: Publish,
+    heads: Heads, files: list[RemoteFile], folder: Path, state: Path, publish: Publish
 ) -> int:
-    """Fetch files and publish each when it is whole.
+    """Fetch files and publish each when it is complete.
 
     Args:
-        heads: The open store, which is also asked for checksums.
+        heads: The open store and its checksums.
         files: What to fetch.
         folder: Where the files go.
         state: Where partial files are kept; on the same file system as ``folder``.
-        publish: Called for each whole file, with the path of its partial file, which it renames.
+        publish: Called with each complete file and the path of its partial file, which it renames.
 
     Returns:
         The bytes fetched by this run.
 
     Raises:
-        DamagedError: A file was not what the store says it holds, twice.
+        DamagedError: A file failed its verification twice.
         DownloadError: The store refused, or the files cannot be written.
     """
     partials = plan(files, folder, state)
@@ -116,8 +107,8 @@ def fetch(
         _check_target(folder, partials, todo)
     except OSError as error:
         raise unwritable(error, folder) from error
-    progress = Progress(heads.source.uri, total, total - todo)
-    with watched(progress), ThreadPoolExecutor(_HEAD_STREAMS, "head") as head_pool:
+    progress = Progress(heads.source.uri, total, total - todo, heads.source.caller)
+    with contextlib.closing(progress), ThreadPoolExecutor(_HEAD_STREAMS, "head") as head_pool:
         transfer = _Transfer(heads, head_pool, progress, publish)
         try:
             transfer.run(partials)
@@ -130,7 +121,7 @@ def fetch(
 
 
 def unwritable(error: OSError, path: str | Path) -> DownloadError:
-    """Say that something cannot be written, and why."""
+    """Return the error for a path that cannot be written."""
     return DownloadError(
         f"cannot write {error.filename or str(path)!r}: {describe(error)}; check the permissions "
         "and the free space there, or set HF_HOME to move the cache"
@@ -156,16 +147,11 @@ class _Transfer:
     """The running transfer of some objects, in threads."""
 
     def __init__(
-        self,
-        heads: Heads,
-        head_pool: ThreadPoolExecutor,
-        progress: Progress,
-        publish: Publish,
+        self, heads: Heads, head_pool: ThreadPoolExecutor, progress: Progress, publish: Publish
     ) -> None:
         self._source, self._heads, self._head_pool = heads.source, heads, head_pool
-        self.direct = DirectReader(heads.source)
-        self._progress = progress
-        self._publish = publish
+        self._caller, self.direct = heads.source.caller, DirectReader(heads.source)
+        self._progress, self._publish = progress, publish
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._arrived: deque[tuple[PartialFile, bytearray]] = deque()
@@ -176,7 +162,7 @@ class _Transfer:
         damaged = self._pass(partials)
         if damaged:
             for partial, error in damaged:
-                logger.warning("fetching once more: %s", error)
+                self._caller.logger.warning("fetching once more: %s", error)
                 self._progress.add(-partial.file.size)
                 partial.discard()
             damaged = self._pass([partial for partial, _ in damaged])
@@ -186,29 +172,23 @@ class _Transfer:
             raise damaged[0][1]
 
     def _pass(self, partials: list[PartialFile]) -> list[tuple[PartialFile, DamagedError]]:
-        """Fetch what is missing; give the files whose checksum is wrong."""
+        """Fetch what is missing; return the files that failed their verification."""
         self._damaged = []
         small = deque(partial for partial in partials if partial.file.size <= SMALL_BYTES)
         large = [partial for partial in partials if partial.file.size > SMALL_BYTES]
-        # Started first, so that they are answered while the ranges are under way.
+        # Submitted first, so that they are done while the ranges are being fetched.
         for partial in large:
             if self._heads.wanted(partial.file):
                 partial.head = self._head_pool.submit(self._heads.of, partial.file)
-        # No range: all is there, but the run that fetched it was killed before it was published.
+        # None instead of a range: the run that fetched them all was killed before it published.
         spans: deque[tuple[PartialFile, Span | None]] = deque()
         for partial in large:
             spans.extend((partial, span) for span in partial.missing or (None,))
         with ThreadPoolExecutor(SMALL_STREAMS + STREAMS, "fetch") as pool:
-            workers = [
-                *(
-                    pool.submit(self._each, small, self._fetch_small)
-                    for _ in range(min(SMALL_STREAMS, len(small)))
-                ),
-                *(
-                    pool.submit(self._each, spans, self._fetch_large)
-                    for _ in range(min(STREAMS, len(spans)))
-                ),
-            ]
+            threads = range(min(SMALL_STREAMS, len(small)))
+            workers = [pool.submit(self._each, small, self._fetch_small) for _ in threads]
+            threads = range(min(STREAMS, len(spans)))
+            workers += [pool.submit(self._each, spans, self._fetch_large) for _ in threads]
             try:
                 self._wait(workers)
             except BaseException:
@@ -223,14 +203,12 @@ class _Transfer:
             for worker in done:
                 worker.result()
             self._progress.report()
-            aio.check_given_up()
+            self._caller.check_cancelled()
 
     def _each(self, jobs: deque[T], do: Callable[[T], None]) -> None:
-        """Take jobs until none is left; all streams of a kind take from the same."""
-        while not self._stop.is_set():
-            try:
-                job = jobs.popleft()
-            except IndexError:
+        """Process jobs until none is left; all streams of a kind share one queue."""
+        for job in _drained(jobs):
+            if self._stop.is_set():
                 return
             do(job)
 
@@ -238,11 +216,11 @@ class _Transfer:
         data = bytearray()
         if partial.file.size:
             self._receive(partial.file, (0, partial.file.size), lambda _, chunk: data.extend(chunk))
-        if self._heads.wanted(partial.file):  # here, where many wait at once
+        if self._heads.wanted(partial.file):  # here, because this pool is the larger one
             partial.head = Future()
             partial.head.set_result(self._heads.of(partial.file))
         self._arrived.append((partial, data))
-        # Looked at again after each turn: another thread may have come while none was to be had.
+        # Checked again after each turn: another thread may have found all publishers busy.
         while self._arrived:
             if not self._publishers.acquire(blocking=len(self._arrived) > SMALL_STREAMS):
                 return
@@ -252,11 +230,7 @@ class _Transfer:
                 self._publishers.release()
 
     def _publish_arrived(self) -> None:
-        while True:
-            try:
-                partial, data = self._arrived.popleft()
-            except IndexError:
-                return
+        for partial, data in _drained(self._arrived):
             try:
                 content = self._verified(partial, functools.partial(checksum_of, data))
                 partial.write_whole(memoryview(data))
@@ -282,12 +256,12 @@ class _Transfer:
                 raise unwritable(error, partial.target) from error
 
     def _fetch_span(self, partial: PartialFile, span: Span) -> None:
-        crc, go_on = 0, _crc64nvme()
+        crc, update = 0, _crc64nvme()
 
         def write(offset: int, chunk: memoryview) -> None:
             nonlocal crc
             partial.write(offset, chunk)
-            crc = go_on(chunk, crc)
+            crc = update(chunk, crc)
 
         try:
             with self._lock:
@@ -300,7 +274,7 @@ class _Transfer:
             raise unwritable(error, partial.path) from error
 
     def _receive(self, file: RemoteFile, span: Span, consume: Consume) -> None:
-        """Fetch a range in order; go on where the body broke off."""
+        """Fetch a range in order; resume where a body broke off."""
         import obstore
         from obstore.exceptions import GenericError
 
@@ -344,14 +318,14 @@ class _Transfer:
     def _take(
         self, chunks: Iterator[memoryview], file: RemoteFile, span: Span, consume: Consume
     ) -> int:
-        """Consume the parts of a range; give the first byte behind them."""
+        """Consume the parts of a range; return the offset of the first byte after them."""
         start, end = span
         for chunk in chunks:
             if self._stop.is_set():
                 raise DownloadError(
                     f"cannot fetch {file.path!r} of {self._source.uri}: another file has failed"
                 )
-            # More than was asked for would be another range's bytes.
+            # Excess bytes would belong to another range.
             view = chunk[: end - start]
             consume(start, view)
             start += len(view)
@@ -368,17 +342,19 @@ class _Transfer:
             )
         content = self._verified(partial, functools.partial(_digest, partial))
         self._publish(partial.file, content, partial.path)
-        partial.forget_journal()
+        partial.remove_journal()
 
     def _verified(self, partial: PartialFile, compute: Callable[[str], str | None]) -> Content:
         file = partial.file
-        head = partial.head.result() if partial.head else None
-        expected = expected_checksum(file, head)
-        got = None if expected is None else compute(expected.partition(":")[0])
+
+        def compare(head: Head | None) -> tuple[str | None, str | None]:
+            expected = expected_checksum(file, head)
+            return expected, expected and compute(expected.partition(":")[0])
+
+        expected, got = compare(partial.head.result() if partial.head else None)
         if got != expected and partial.head is None:
             # The ETag of an object that is encrypted with a key only looks like an MD5.
-            expected = expected_checksum(file, self._heads.of(file))
-            got = None if expected is None else compute(expected.partition(":")[0])
+            expected, got = compare(self._heads.of(file))
         if expected is None:
             return Content(compute("crc64nvme"), "size")
         if got != expected:
@@ -390,8 +366,15 @@ class _Transfer:
         return Content(expected, "checksum")
 
 
+def _drained(queue: deque[T]) -> Iterator[T]:
+    """Yield from a queue that other threads share until it is empty."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield queue.popleft()
+
+
 def _crc64nvme() -> Callable[[memoryview, int], int]:
-    """Give the function that goes on with a checksum; 0 where its library is missing."""
+    """Return the function that updates a checksum; without its library one that returns 0."""
     try:
         from awscrt.checksums import crc64nvme
     except ImportError:
@@ -400,7 +383,7 @@ def _crc64nvme() -> Callable[[memoryview, int], int]:
 
 
 def _digest(partial: PartialFile, algorithm: str) -> str | None:
-    """Compute a file's checksum, from those of its ranges where this run has seen all of them."""
+    """Return a file's checksum, combined from its ranges' if this run has fetched all of them."""
     if algorithm == "crc64nvme" and len(partial.crcs) == len(partial.spans):
         with contextlib.suppress(ImportError):
             from awscrt.checksums import combine_crc64nvme

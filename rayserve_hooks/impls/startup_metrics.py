@@ -6,8 +6,8 @@ from collections.abc import Generator
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx
+from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.hookspecs import hookimpl
-from rayserve_hooks.trace import LOGGER_NAME
 
 logger = logging.getLogger(LOGGER_NAME)
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import failing_callbacks
+import psutil
 import pytest
 import s3
 
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, HookError
-from rayserve_hooks.cluster import remote_node as cluster
+from rayserve_hooks.cluster import remote_node
 
 if TYPE_CHECKING:
     from rayserve_hooks import LLMConfig
@@ -91,7 +91,7 @@ def test_the_trace_of_three_nodes_is_in_order_and_each_sends_its_data_back(
     assert [node for node in nodes if ctx.nodes[node].custom_data.get("said")] == [third.node_id]
 
 
-def test_a_killed_task_is_started_again_and_counted(
+def test_a_killed_process_is_started_again_and_counted(
     ray_cluster: Any, third: Any, log: Path, tmp_path: Path
 ) -> None:
     ctx = initialize(config(log, on(third.node_id, "kill_once", tmp_path / "killed")))
@@ -102,13 +102,13 @@ def test_a_killed_task_is_started_again_and_counted(
     assert set(ctx.nodes) == set(attempts)
 
 
-def test_a_task_that_is_always_killed_names_node_callback_and_phase(
+def test_a_process_that_is_always_killed_names_node_callback_and_phase(
     ray_cluster: Any, third: Any, log: Path
 ) -> None:
     with pytest.raises(
         HookError,
         match=rf"callback 'kill' failed in hook on_before_download on node {third.node_id} \(.*\) "
-        r"\(phase: before download\): its process was killed or the node died: .*WorkerCrashed",
+        r"\(phase: before download\): its process was killed or the node died: .*ActorDiedError",
     ):
         initialize(config(log, on(third.node_id, "kill")))
     cleaned = calls(log, "on_init_failed")
@@ -122,11 +122,11 @@ def test_a_task_that_is_always_killed_names_node_callback_and_phase(
 
 @pytest.fixture
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "_STOP_S", 1.0)
+    monkeypatch.setattr(remote_node, "_STOP_S", 3.0)
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_a_task_that_heeds_no_cancel_is_killed_and_cleaned_up_after(
+def test_a_process_that_does_not_stop_is_killed_and_cleaned_up_after(
     ray_cluster: Any, third: Any, log: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     logging.getLogger("ray.serve").propagate = True
@@ -143,7 +143,8 @@ def test_a_task_that_heeds_no_cancel_is_killed_and_cleaned_up_after(
             )
         )
     assert re.search(
-        rf"killing the task on node {ray_cluster.other_id} \(.*\), which does not stop", caplog.text
+        rf"killing the process on node {ray_cluster.other_id} \(.*\), which does not stop",
+        caplog.text,
     )
     (cleaned,) = (c for c in calls(log, "on_init_failed") if c["node"] == ray_cluster.other_id)
     (before,) = (c for c in calls(log, "on_before_download") if c["node"] == ray_cluster.other_id)
@@ -192,49 +193,44 @@ def test_a_callback_that_cannot_be_built_on_a_node(ray_cluster: Any, third: Any,
         initialize(config(log, {"callback": refuse, "kwargs": {"head": ray_cluster.head_id}}))
 
 
-def test_a_task_that_ends_without_a_reply_is_a_failure(
-    third: Any, log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cluster, "run_node_task", failing_callbacks.no_reply)
-    with pytest.raises(
-        HookError,
-        match=rf"^node initialization failed on node {third.node_id} \(.*\) \(phase: before "
-        r"download\): its task ended without a reply; see the logs of that node$",
-    ):
-        initialize(config(log, resources=["third"]))
-
-
-def test_a_task_that_somebody_else_cancels_is_a_failure(
+def test_an_actor_that_somebody_else_kills_is_started_again(
     third: Any, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
-    tasks: list[cluster.NodeTask] = []
+    started: list[Any] = []
 
-    class Known(cluster.NodeTask):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            tasks.append(self)
+    class Known(remote_node.RemoteNode):
+        def _start(self, *args: Any) -> Any:
+            started.append(super()._start(*args))
+            return started[-1]
 
-    async def main() -> None:
-        llm_config = config(log, on(third.node_id, "hang"), resources=["third"])
+    async def main() -> CallbackCtx:
+        begun = log.with_name("begun")
+        llm_config = config(log, on(third.node_id, "hang_once", begun), resources=["third"])
         running = asyncio.create_task(rayserve_hooks.initialize_node(llm_config))
-
-        def hangs(task: cluster.NodeTask) -> bool:
-            return task.running is not None and task.running.callback == "hang"
-
-        while not any(map(hangs, tasks)):  # noqa: ASYNC110 - another process sends it
+        while not begun.exists():  # noqa: ASYNC110 - another process makes it
             await asyncio.sleep(0.05)
-        ray.cancel(tasks[0]._stream)
-        await running
+        ray.kill(started[0])
+        return await running
 
-    monkeypatch.setattr("rayserve_hooks.cluster.initialize.NodeTask", Known)
-    with pytest.raises(
-        HookError,
-        match=rf"^callback 'hang' failed in hook on_before_download on node {third.node_id} \(.*\) "
-        r"\(phase: before download\): its task was cancelled by somebody else$",
-    ):
-        asyncio.run(main())
+    monkeypatch.setattr("rayserve_hooks.cluster.initialize.RemoteNode", Known)
+    ctx = asyncio.run(main())
+    calls_there = [(c.callback, c.attempt, c.outcome) for c in ctx.trace if c.role == "node"]
+    assert calls_there == [
+        ("Record", 1, "returned"),
+        ("hang_once", 1, "interrupted"),
+        ("Record", 2, "returned"),
+        ("hang_once", 2, "returned"),
+    ]
+
+
+def test_the_process_of_a_node_ends_with_the_initialization(third: Any, log: Path) -> None:
+    ctx = initialize(config(log, on(third.node_id, "say"), resources=["third"]))
+    (pid,) = (call.pid for call in ctx.trace if call.callback == "say" and call.role == "node")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(timeout=30)
+    assert not psutil.pid_exists(pid)
 
 
 def test_a_hang_is_cut_off_by_its_limit(ray_cluster: Any, third: Any, log: Path) -> None:
@@ -358,7 +354,7 @@ def test_a_node_that_leaves_names_node_callback_and_phase(
     (failure,) = caught.value.cleanup_errors
     assert re.match(
         rf"node initialization failed on node {node.node_id} \(.*\) \(phase: clean-up\): "
-        r"on_init_failed did not run: ray.exceptions.TaskUnschedulableError: .* The node specified "
+        r"on_init_failed did not run: ray.exceptions.ActorUnschedulableError: .* The node specified "
         "via NodeAffinitySchedulingStrategy doesn't exist any more",
         str(failure),
     ), str(failure)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import logging
 import random
 import re
 import ssl
@@ -13,7 +14,6 @@ import s3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from plugins_for_tests import hook_log
 
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download import direct
@@ -102,7 +102,7 @@ def test_what_is_refused_is_left_to_obstore(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server.faults = [s3.Fault(kind, times=1)]
-    with hook_log(caplog):
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         assert read(reader, file) == b""
     status = {"denied": "403", "missing": "404", "busy": "503"}[kind]
     text = (
@@ -190,7 +190,7 @@ def test_other_stores_are_left_to_obstore(
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """Give a file with a key and a certificate for 127.0.0.1 that it has signed itself."""
+    """Return a file with a key and a certificate for 127.0.0.1 that it has signed itself."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback")])
     now = dt.datetime.now(dt.UTC)
@@ -246,7 +246,7 @@ def test_whom_to_trust(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv(variable, str(certificate))
-    with hook_log(caplog):
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         assert download() == CONTENT
     assert "obstore is asked" not in caplog.text
     assert "no checksum" not in caplog.text
@@ -262,11 +262,12 @@ def test_whom_only_obstore_trusts(
     nothing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     monkeypatch.setattr(ssl, "create_default_context", lambda: nothing)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    with hook_log(caplog):
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         assert download() == CONTENT
     assert re.search(r"obstore is asked for .* CERTIFICATE_VERIFY_FAILED", caplog.text)
 
 
+@pytest.mark.slow
 def test_whom_nobody_trusts(tls_server: s3.Server) -> None:
     pattern = (
         "^cannot list s3://anonymous@bucket/model: .* error sending request: InvalidCertificate: "

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 import hub
 import pytest
 import s3
-from plugins_for_tests import hook_log, run_script
+from plugins_for_tests import run_script
 
 from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.download.caller import Caller
 from rayserve_hooks.download.model import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
 
@@ -140,7 +142,7 @@ def test_a_second_call_fetches_nothing(
 ) -> None:
     folder = download(source)
     before = {name: (folder / name).stat().st_mtime_ns for name in FILES}
-    with hook_log(caplog):
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         assert download(source) == folder
     assert {name: (folder / name).stat().st_mtime_ns for name in FILES} == before
     assert f"{len(FILES)} files, 0 to fetch" in caplog.text
@@ -152,7 +154,7 @@ def test_a_file_whose_time_has_changed_is_read_and_kept(
     folder = download(source)
     for name in FILES:
         os.utime(folder / name, (1, 1))
-    with hook_log(caplog):
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         download(source)
     assert f"{len(FILES)} files, 0 to fetch" in caplog.text
     assert {(folder / name).stat().st_mtime for name in FILES} == {1}
@@ -162,7 +164,7 @@ def test_a_wider_mode_fetches_the_rest(
     cache: Path, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     download(source, NodeModelDownloadable.EXCLUDE_SAFETENSORS)
-    with hook_log(caplog):
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         folder = download(source)
     assert files_in(folder) == FILES
     assert f"{len(FILES)} files, 2 to fetch" in caplog.text
@@ -354,7 +356,7 @@ def test_the_marker_of_one_mode_serves_the_others(
     cache: Path, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     download(source)
-    with hook_log(caplog):
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         download(source, NodeModelDownloadable.TOKENIZER_ONLY)
     assert "6 files, 0 to fetch" in caplog.text
 
@@ -372,6 +374,24 @@ def test_a_marker_that_cannot_be_read_counts_as_none(model_folder: Path, source:
     for text in ("{", "[]", '{"uri": 1}'):
         (model_folder / ".rayserve_hooks" / "MODEL_AND_TOKENIZER.json").write_text(text)
         assert files_in(download(source)) == FILES
+
+
+@pytest.mark.parametrize(("label", "shown"), [("app/model", "app/model"), ("", MODEL)])
+def test_the_lock_names_for_whom_the_model_is(
+    label: str, shown: str, cache: Path, source: Path, tmp_path: Path
+) -> None:
+    download_node(MODEL, Mirror(source.as_uri()), ALL, caller=Caller(label=label))
+    owner = json.loads(next((tmp_path / "locks").glob("*.json")).read_text())
+    assert owner["purpose"] == f"{shown}, MODEL_AND_TOKENIZER of {source.as_uri()}"
+
+
+def test_the_logger_is_the_caller_s(
+    cache: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caller = Caller(logger=logging.getLogger("mine"))
+    with caplog.at_level(logging.INFO):
+        download_node(MODEL, Mirror(source.as_uri()), ALL, caller=caller)
+    assert [record.name for record in caplog.records] == ["mine", "mine"]
 
 
 class TestOnS3:
@@ -480,6 +500,7 @@ class TestOnS3:
         assert server.count("HEAD") == len(FILES)
 
 
+@pytest.mark.slow
 class TestHub:
     """In processes of their own: huggingface_hub reads its variables when it is imported."""
 
@@ -495,7 +516,7 @@ class TestHub:
 
     @staticmethod
     def fetch(model: str = MODEL, mode: NodeModelDownloadable = ALL) -> str:
-        """Give the path of the snapshot, or the text of the error."""
+        """Return the path of the snapshot, or the text of the error."""
         return run_script(f"""
             from rayserve_hooks.context import NodeModelDownloadable
             from rayserve_hooks.download.model import download_node

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -11,16 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
-from plugins_for_tests import hook_log
 
 from rayserve_hooks.download import node_lock as module
 from rayserve_hooks.download.node_lock import LOCK_DIR_VARIABLE, node_lock
 from rayserve_hooks.errors import DownloadError
 
+LOGGER = logging.getLogger("test")
 HOLDER = """
-import sys, time
+import logging, pathlib, sys, time
 from rayserve_hooks.download.node_lock import node_lock
-with node_lock(__import__("pathlib").Path(sys.argv[1]), "weights of app/model"):
+with node_lock(pathlib.Path(sys.argv[1]), "weights of app/model", logging.getLogger()):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -52,7 +53,7 @@ def test_a_waiting_process_says_for_whom(
     holder: subprocess.Popen[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     threading.Timer(0.35, finish, (holder, signal.SIGTERM)).start()
-    with hook_log(caplog), node_lock(tmp_path / "model", "mine"):
+    with caplog.at_level(logging.DEBUG, LOGGER.name), node_lock(tmp_path / "model", "mine", LOGGER):
         pass
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) >= 2
@@ -68,7 +69,7 @@ def test_the_lock_of_a_crashed_owner_is_taken_over(
 ) -> None:
     finish(holder, signal.SIGKILL)
     started = time.monotonic()
-    with node_lock(tmp_path / "model", "mine"):
+    with node_lock(tmp_path / "model", "mine", LOGGER):
         owner = json.loads(next(lock_dir.glob("*.json")).read_text())
         assert (owner["pid"], owner["purpose"]) == (os.getpid(), "mine")
     assert time.monotonic() - started < 1
@@ -79,7 +80,7 @@ def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     most = []
 
     def hold() -> None:
-        with node_lock(tmp_path / "model", "mine"):
+        with node_lock(tmp_path / "model", "mine", LOGGER):
             inside.append(1)
             most.append(len(inside))
             time.sleep(0.02)
@@ -94,7 +95,7 @@ def test_threads_of_one_process_exclude_each_other(tmp_path: Path) -> None:
 
 
 def test_other_folders_are_not_locked(holder: subprocess.Popen[str], tmp_path: Path) -> None:
-    with node_lock(tmp_path / "other", "mine"):
+    with node_lock(tmp_path / "other", "mine", LOGGER):
         pass
     finish(holder, signal.SIGKILL)
 
@@ -103,7 +104,7 @@ def test_two_names_of_one_folder_are_one_lock(tmp_path: Path, lock_dir: Path) ->
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to("model")
     for name in ("model", "link"):
-        with node_lock(tmp_path / name, "mine"):
+        with node_lock(tmp_path / name, "mine", LOGGER):
             pass
     assert len(list(lock_dir.glob("*.lock"))) == 1
 
@@ -116,7 +117,7 @@ def test_an_owner_file_that_cannot_be_read_is_no_error(
 ) -> None:
     next(lock_dir.glob("*.json")).write_text("{")
     threading.Timer(0.2, finish, (holder, signal.SIGTERM)).start()
-    with hook_log(caplog), node_lock(tmp_path / "model", "mine"):
+    with caplog.at_level(logging.DEBUG, LOGGER.name), node_lock(tmp_path / "model", "mine", LOGGER):
         pass
     assert "waiting for another process, " in caplog.text
 
@@ -126,7 +127,7 @@ def test_locks_are_in_a_private_folder_of_the_local_disk(
 ) -> None:
     monkeypatch.delenv(LOCK_DIR_VARIABLE)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    with node_lock(tmp_path / "model", "mine"):
+    with node_lock(tmp_path / "model", "mine", LOGGER):
         pass
     folder = tmp_path / f"rayserve_hooks-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
@@ -145,7 +146,7 @@ def test_a_folder_of_another_user_is_not_trusted(
     )
     with (
         pytest.raises(DownloadError, match=f"^{re.escape(text)}$"),
-        node_lock(tmp_path / "model", "mine"),
+        node_lock(tmp_path / "model", "mine", LOGGER),
     ):
         pass
 
@@ -159,6 +160,6 @@ def test_a_lock_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.M
     )
     with (
         pytest.raises(DownloadError, match=pattern),
-        node_lock(tmp_path / "model", "mine"),
+        node_lock(tmp_path / "model", "mine", LOGGER),
     ):
         pass

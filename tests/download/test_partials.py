@@ -79,4 +79,4 @@ def test_a_small_file_is_written_whole(tmp_path: Path) -> None:
 def test_a_journal_line_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     journal.write_text("0 64\n64 128\n128 19")
-    assert partials.journaled(journal) == {(0, 64), (64, 128)}
+    assert partials.read_journal(journal) == {(0, 64), (64, 128)}

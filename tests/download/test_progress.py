@@ -1,18 +1,20 @@
 import logging
 
 import pytest
-from plugins_for_tests import hook_log
 
 from rayserve_hooks.download import progress
+from rayserve_hooks.download.caller import STANDALONE
 from rayserve_hooks.download.progress import Progress
 
 
 def test_the_log_hears_of_it_every_few_seconds_only(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    running = Progress("s3://bucket/model", total=4_000_000_000, reused=1_000_000_000)
+    running = Progress(
+        "s3://bucket/model", total=4_000_000_000, reused=1_000_000_000, caller=STANDALONE
+    )
     running.add(1_000_000_000)
-    with hook_log(caplog):
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         running.report()
         assert caplog.records == []
         monkeypatch.setattr(progress, "REPORT_S", 0.0)
@@ -23,7 +25,7 @@ def test_the_log_hears_of_it_every_few_seconds_only(
 
 
 def test_what_is_fetched_again_counts_once() -> None:
-    running = Progress("s3://bucket/model", total=10, reused=0)
+    running = Progress("s3://bucket/model", total=10, reused=0, caller=STANDALONE)
     running.add(10)
     running.add(-10)
     running.add(10)
@@ -34,6 +36,6 @@ def test_a_download_of_nothing_is_no_division_by_zero(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "REPORT_S", 0.0)
-    with hook_log(caplog):
-        Progress("s3://bucket/model", total=0, reused=0).report()
+    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
+        Progress("s3://bucket/model", total=0, reused=0, caller=STANDALONE).report()
     assert "0.00 of 0.00 GB (0%)" in caplog.text

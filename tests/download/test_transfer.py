@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import errno
+import functools
 import json
 import logging
 import multiprocessing
@@ -15,7 +17,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -26,10 +27,10 @@ import pytest
 import s3
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from plugins_for_tests import hook_log
 
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download import checksums, heads, partials, progress, stores, transfer
+from rayserve_hooks.download.caller import Caller
 from rayserve_hooks.download.model import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
 
@@ -253,7 +254,6 @@ def test_a_store_that_fails_for_a_while(
 def test_a_small_file_that_arrives_damaged_is_fetched_again(
     server: s3.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("ray.serve").propagate = True
     server.faults = [s3.Fault("corrupt", "config.json", times=1)]
     assert_complete(server, download())
     assert re.search(rf"fetching once more: 'config.json' of {URI} has the checksum", caplog.text)
@@ -264,7 +264,7 @@ def test_a_small_file_that_arrives_damaged_is_fetched_again(
 def test_a_stream_ends_in_mid_file_once_another_has_failed(server: s3.Server) -> None:
     source = stores.open_source(URI)
     (weights,) = [file for path, file in source.list_files().items() if path == WEIGHTS]
-    counted = progress.Progress(URI, weights.size, 0)
+    counted = progress.Progress(URI, weights.size, 0, source.caller)
     received: list[int] = []
     with ThreadPoolExecutor() as pool:
         running = transfer._Transfer(heads.Heads(source), pool, counted, lambda *_: None)
@@ -381,7 +381,7 @@ class TestVerification:
     ) -> None:
         server.etags = "multipart"
         server.faults = [s3.Fault("denied", method="HEAD")]
-        with hook_log(caplog):
+        with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
             download()
         assert of_weights(model)[0] == "size"
         assert f"no checksum for {WEIGHTS} of {URI}: " in caplog.text
@@ -410,7 +410,7 @@ class TestVerification:
         monkeypatch.setitem(sys.modules, missing, None)
         if missing == "awscrt.checksums":
             monkeypatch.delattr("awscrt.checksums")
-        with hook_log(caplog):
+        with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
             assert_complete(server, download())
         assert of_weights(model) == ("size", "crc64nvme" if missing == "boto3" else "None")
         told = re.search(
@@ -420,6 +420,16 @@ class TestVerification:
             caplog.text,
         )
         assert (told is not None) == (missing == "boto3")
+
+
+@functools.cache
+def private_key() -> str:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return key.decode()
 
 
 class TestOtherStores:
@@ -438,12 +448,7 @@ class TestOtherStores:
         self, server: s3.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> s3.Server:
         server.etags = "opaque"
-        key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        account = {"client_email": "a@b", "private_key": key.decode(), "private_key_id": "1"}
+        account = {"client_email": "a@b", "private_key": private_key(), "private_key_id": "1"}
         (tmp_path / "account.json").write_text(json.dumps(account))
         environment = {
             "GOOGLE_SERVICE_ACCOUNT": str(tmp_path / "account.json"),
@@ -532,7 +537,7 @@ class TestOtherStores:
     ) -> None:
         monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
         monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=1&sig=SECRET")
-        with hook_log(caplog):
+        with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
             assert_complete(store, self.fetch(self.AZURE))
         assert of_weights(model)[0] == "size"
         assert caplog.text.count("some files are verified by size only, because the store ") == 1
@@ -568,7 +573,6 @@ class TestResume:
     def test_a_file_that_lost_bytes_on_disk_is_fetched_again(
         self, server: s3.Server, weights: Path, model: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        logging.getLogger("ray.serve").propagate = True
         break_off(server)
         (partial,) = model.glob(".rayserve_hooks/partial/*.partial")
         size = weights.stat().st_size
@@ -595,6 +599,7 @@ class TestResume:
         assert old
         assert [path.name for path in partial.iterdir()] == ["not-ours.partial"]
 
+    @pytest.mark.slow
     def test_a_killed_download_goes_on_where_it_was(
         self, server: s3.Server, weights: Path, model: Path
     ) -> None:
@@ -621,7 +626,7 @@ class TestResume:
 
 
 def missing_bytes(server: s3.Server) -> int:
-    """Tell from the disk what a next run has to fetch."""
+    """Return the number of bytes that the next run has to fetch, by what is on disk."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     model = Path(HF_HUB_CACHE) / "models--org--tiny"
@@ -635,7 +640,7 @@ def missing_bytes(server: s3.Server) -> int:
         if size > CHUNK:
             name = f"{partials._hash(file.name)}-*.journal"
             for journal in (model / ".rayserve_hooks" / "partial").glob(name):
-                missing -= sum(end - start for start, end in partials.journaled(journal))
+                missing -= sum(end - start for start, end in partials.read_journal(journal))
     return missing
 
 
@@ -669,6 +674,7 @@ def child(variables: dict[str, str], barrier: Any = None) -> None:
     assert (download() / WEIGHTS).stat().st_size == 5 * RANGE + 1000
 
 
+@pytest.mark.slow
 def test_sixteen_processes_download_once(server: s3.Server, weights: Path) -> None:
     server.rate = 2_000_000
     barrier = PROCESSES.Barrier(16)
@@ -690,8 +696,8 @@ def run_alone(server: s3.Server, script: str, *command: str) -> str:
         import os, sys
         from pathlib import Path
         import huggingface_hub.constants
-        from rayserve_hooks import transfer
         from rayserve_hooks.context import NodeModelDownloadable
+        from rayserve_hooks.download import transfer
         from rayserve_hooks.download.model import Mirror, download_node
         def download(hub):
             huggingface_hub.constants.HF_HUB_CACHE = hub
@@ -747,6 +753,7 @@ def test_a_disk_that_is_too_small(
     assert re.fullmatch(rf"{pattern}\n\[\] \[\]\n", out), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", ["pass", "transfer.DirectReader.read = lambda *_: iter(())"])
 def test_memory_stays_small_with_a_large_file_on_a_machine_with_many_cores(
     reading: str, server: s3.Server, weights: Path, tmp_path: Path
@@ -794,6 +801,7 @@ class TestManySmallFiles:
         monkeypatch.setattr(transfer, "PUBLISHERS", publishers)
         assert_complete(many, download())
 
+    @pytest.mark.slow
     def test_those_that_wait_for_a_slow_disk_are_few(
         self, many: s3.Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -837,7 +845,7 @@ class TestProgress:
         monkeypatch.setattr(progress, "REPORT_S", 0.05)
         monkeypatch.setattr(transfer, "WAKE_S", 0.01)
         server.faults = [s3.Fault("slow", WEIGHTS, delay_s=0.3)]
-        with hook_log(caplog):
+        with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
             download()
         assert re.search(rf"{URI}: 0\.00 of 0\.00 GB \(\d+%\), \d\.\d\d GB/s", caplog.text)
         last = caplog.records[-1].getMessage()
@@ -847,33 +855,63 @@ class TestProgress:
         )
         assert re.fullmatch(pattern, last)
 
-    @pytest.mark.parametrize("watched", ["1", "0", None])
-    def test_a_bar_is_shown_if_a_person_watches(
-        self, watched: str | None, server: s3.Server, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        bars: list[Any] = []
-
-        class Bar:
-            def __init__(self, **options: Any) -> None:
-                self.n, self.options, self.closed = 0, options, False
-                bars.append(self)
-
-            def update(self, count: int) -> None:
-                self.n += count
-
-            def close(self) -> None:
-                self.closed = True
-
-        fake = types.SimpleNamespace(tqdm_ray=types.SimpleNamespace(tqdm=Bar))
-        monkeypatch.setitem(sys.modules, "ray.experimental", fake)
-        if watched is None:
-            monkeypatch.delenv("RAYSERVE_HOOKS_PROGRESS", raising=False)
-            monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-        else:
-            monkeypatch.setenv("RAYSERVE_HOOKS_PROGRESS", watched)
-        download()
-        if watched == "0":
-            assert bars == []
-            return
+    def test_the_bar_of_the_caller_shows_all_bytes(self, server: s3.Server) -> None:
+        bars: list[Bar] = []
+        download_node("org/tiny", Mirror(URI), ALL, caller=with_bars(bars))
         total = 5 * RANGE + 1000 + 2
-        assert [(bar.n, bar.closed, bar.options["total"]) for bar in bars] == [(total, True, total)]
+        assert [(bar.n, bar.closed, bar.total) for bar in bars] == [(total, True, total)]
+        assert bars[0].description == URI
+
+    def test_the_bar_starts_where_the_last_run_ended(self, server: s3.Server) -> None:
+        break_off(server)
+        reused = 5 * RANGE + 1000 + 2 - missing_bytes(server)
+        bars: list[Bar] = []
+        download_node("org/tiny", Mirror(URI), ALL, caller=with_bars(bars))
+        assert bars[0].updates[0] == reused - 2  # config.json is complete, and no part of this run
+
+    def test_the_bar_is_closed_if_the_download_fails(self, server: s3.Server) -> None:
+        server.faults = [s3.Fault("denied", WEIGHTS)]
+        bars: list[Bar] = []
+        with pytest.raises(DownloadError):
+            download_node("org/tiny", Mirror(URI), ALL, caller=with_bars(bars))
+        assert [bar.closed for bar in bars] == [True]
+
+
+class Bar:
+    def __init__(self, description: str, total: int) -> None:
+        self.description, self.total, self.closed = description, total, False
+        self.updates: list[int] = []
+
+    @property
+    def n(self) -> int:
+        return sum(self.updates)
+
+    def update(self, n: int) -> None:
+        self.updates.append(n)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def with_bars(bars: list[Bar]) -> Caller:
+    def new_bar(description: str, total: int) -> Bar:
+        bars.append(Bar(description, total))
+        return bars[-1]
+
+    return Caller(progress_bar=new_bar)
+
+
+def test_a_cancelled_download_ends_early_and_can_be_resumed(
+    server: s3.Server, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cancel() -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(transfer, "WAKE_S", 0.01)
+    server.faults = [s3.Fault("slow", WEIGHTS, delay_s=0.2)]
+    with pytest.raises(asyncio.CancelledError):
+        download_node("org/tiny", Mirror(URI), ALL, caller=Caller(check_cancelled=cancel))
+    assert_absent(model)
+    assert missing_bytes(server) >= 5 * RANGE + 1000
+    server.faults = []
+    assert_complete(server, download())

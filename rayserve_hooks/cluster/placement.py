@@ -1,0 +1,90 @@
+"""The placement group that an initialization runs on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rayserve_hooks.cluster import _ray
+from rayserve_hooks.context import CallbackCtx, NodeInfo
+from rayserve_hooks.core import threads
+from rayserve_hooks.core.failures import step_error
+from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.recorder import recorder_of
+from rayserve_hooks.errors import Phase, describe
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+_LOG_EVERY_S = 5.0
+
+
+class Placement:
+    """Finds, or creates, the placement group of one initialization.
+
+    Args:
+        ctx: The context, before any callback has run.
+    """
+
+    def __init__(self, ctx: CallbackCtx) -> None:
+        self._ctx = ctx
+        self._given = ctx.placement_group
+        self._created: PlacementGroup | None = None
+
+    async def ready(self) -> PlacementGroup:
+        """Return the placement group once it is ready; the default one if there is no other.
+
+        Raises:
+            HookError: It cannot be had.
+        """
+        ctx = self._ctx
+        self._warn_of_reserved()
+        group = ctx.placement_group
+        if group is None:
+            group = await threads.run_in_thread(_ray.create_default_placement_group, ctx.llm_config)
+            if _ray.current_placement_group() is None:
+                self._created = group
+            recorder_of(ctx).adopt(placement_group=group)
+        try:
+            while not await threads.run_in_thread(group.wait, _LOG_EVERY_S):
+                logger.info(
+                    "waiting for placement group %s, bundles %s; 'ray status' shows what is free",
+                    group.id.hex(),
+                    group.bundle_specs,
+                )
+        except Exception as error:
+            detail = describe(error)
+            raise step_error(ctx, Phase.PLACEMENT, detail, "placement_group") from error
+        return group
+
+    async def nodes(self, group: PlacementGroup) -> list[NodeInfo]:
+        """Return the nodes to initialize, each once, in bundle order."""
+        nodes = await threads.run_in_thread(_ray.nodes_of, group)
+        if self._ctx.node not in nodes and _ray.in_replica():
+            # The engine's core runs in the replica's process and reads the model's config and
+            # tokenizer there, also when a callback has placed the workers elsewhere.
+            nodes.insert(0, self._ctx.node)
+        return nodes
+
+    def remove(self) -> None:
+        """Remove the group if it was created here."""
+        if self._created is None:
+            return
+        from ray.util.placement_group import remove_placement_group
+
+        remove_placement_group(self._created)
+        group_id = self._created.id.hex()
+        logger.info("removed placement group %s, which this initialization had made", group_id)
+
+    def _warn_of_reserved(self) -> None:
+        """Say what a callback that replaces the group of a replica leaves behind."""
+        reserved = _ray.current_placement_group()
+        if reserved is None or self._given is None or self._ctx.placement_group is self._given:
+            return
+        setter = self._ctx.trace.who_changed("placement_group")
+        logger.warning(
+            "callback %r replaced the placement group that Ray Serve made for this replica; that "
+            "one, bundles %s, stays reserved as long as the replica lives; to have only one, set "
+            "placement_group_config of the LLMConfig instead",
+            setter.callback if setter else None,
+            self._given.bundle_specs,
+        )

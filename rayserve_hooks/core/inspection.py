@@ -1,0 +1,157 @@
+"""Which hooks a callback has, and what is wrong with them; nothing of the callback runs."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from rayserve_hooks.core import _pluggy
+from rayserve_hooks.core.hooks import HOOK_PARAMETERS, HOOKS, is_inherited_spec
+from rayserve_hooks.core.suggest import closest
+from rayserve_hooks.hookspecs import PROJECT
+
+
+@dataclass(frozen=True)
+class HookFunction:
+    """A hook of a callback.
+
+    Args:
+        attribute: The attribute's name.
+        hook: The hook's name; another one where ``specname`` says so.
+        function: The function, bound to the callback.
+        options: What ``@hookimpl`` says.
+    """
+
+    attribute: str
+    hook: str
+    function: Callable[..., Any]
+    options: pluggy.HookimplOpts
+
+
+def hook_functions(callback: object, project: str = PROJECT) -> Iterator[HookFunction]:
+    """Yield the hooks of a callback: methods named after a hook, and what is marked as one.
+
+    Args:
+        callback: An instance, class or module.
+        project: Of whose markers.
+    """
+    for attribute in dir(callback):
+        found = _static_function(callback, attribute)
+        if found is None or is_inherited_spec(found[0]):
+            continue
+        holder, function = found
+        options = _options(holder, function, project)
+        if options is None and attribute in HOOKS:
+            options = _pluggy.UNDECORATED
+        if options is not None:
+            yield HookFunction(attribute, options.get("specname") or attribute, function, options)
+
+
+def _options(holder: object, function: object, project: str) -> pluggy.HookimplOpts | None:
+    # A marker above @staticmethod or @classmethod is on these, one below on the function.
+    marked = (holder, getattr(function, "__func__", function))
+    return next(filter(None, (_pluggy.impl_options(mark, project) for mark in marked)), None)
+
+
+def _static_function(owner: object, name: str) -> tuple[object, Callable[..., Any]] | None:
+    """Find a function without running a property, a ``cached_property`` or ``__getattr__``.
+
+    Returns:
+        What holds the function, and the function bound as ``getattr`` would bind it; None where
+        the attribute is anything else.
+    """
+    found = inspect.getattr_static(owner, name, None)
+    if isinstance(found, types.MemberDescriptorType):  # a slot; reading one runs no code
+        found = found.__get__(owner, type(owner)) if _is_set(owner, found) else None
+        return (found, found) if inspect.isroutine(found) else None
+    if isinstance(found, staticmethod | classmethod):
+        cls = owner if isinstance(owner, type) else type(owner)
+        return found, found.__get__(owner, cls)
+    if inspect.isfunction(found) and _is_method(owner, name):
+        return found, found.__get__(owner, type(owner))
+    return (found, found) if inspect.isroutine(found) else None
+
+
+def _is_set(owner: object, slot: types.MemberDescriptorType) -> bool:
+    try:
+        slot.__get__(owner, type(owner))
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_method(owner: object, name: str) -> bool:
+    if isinstance(owner, type | types.ModuleType):
+        return False
+    return name not in getattr(owner, "__dict__", {})
+
+
+def hook_problems(callback: object) -> list[str]:
+    """Return what keeps ``callback`` from being a callback; empty when nothing does."""
+    problems: list[str] = []
+    hooks = {function.attribute: function for function in hook_functions(callback)}
+    named = 0
+    for name in dir(callback):
+        static = inspect.getattr_static(callback, name, None)
+        if name.startswith("_") or is_inherited_spec(static):
+            continue
+        hook = hooks[name].hook if name in hooks else name
+        if hook in HOOKS:
+            named += 1
+            if name in hooks:
+                problems.extend(_signature_problems(hooks[name]))
+            else:
+                kind = type(static).__name__
+                problems.append(
+                    f"{name!r} is named after a hook, but is a {kind}; define a method of that name"
+                )
+        elif name in hooks or (name.startswith("on_") and callable(static)):
+            close = closest(hook, HOOKS, cutoff=0.85)
+            if close:
+                problems.append(f"method {name!r} is not a hook; did you mean {close!r}?")
+            elif name in hooks:
+                problems.append(f"{name!r} is marked as a hook; use one of {', '.join(HOOKS)}")
+    if not named and not problems:
+        problems.append(
+            f"{type(callback).__name__} has no hook; define at least one of {', '.join(HOOKS)}"
+        )
+    return problems
+
+
+def _signature_problems(hook: HookFunction) -> list[str]:
+    name, function = hook.attribute, hook.function
+    if not inspect.isfunction(getattr(function, "__func__", function)):
+        kind = type(getattr(function, "__func__", function)).__name__
+        return [f"{name!r} is named after a hook, but is a {kind}; define a method of that name"]
+    known = HOOK_PARAMETERS[hook.hook]
+    arguments = ", ".join([*(["self"] if inspect.ismethod(function) else []), *known])
+    wanted = f"write 'def {name}({arguments})'"
+    parameters = inspect.signature(function).parameters
+    problems = []
+    if "ctx" not in parameters:
+        problems.append(f"{name}() has no parameter 'ctx'; {wanted}")
+    for parameter in parameters.values():
+        if parameter.name not in known:
+            problems.append(f"{name}() has unknown parameter {parameter.name!r}; {wanted}")
+        elif parameter.default is not inspect.Parameter.empty:
+            # pluggy leaves a parameter with a default at its default.
+            problems.append(
+                f"{name}() gives {parameter.name!r} a default and would never get it; {wanted}"
+            )
+        elif parameter.kind not in (
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.POSITIONAL_ONLY,
+        ):
+            problems.append(
+                f"{name}() takes {parameter.name!r} by keyword only, which pluggy cannot; {wanted}"
+            )
+    if hook.options.get("hookwrapper"):
+        problems.append(f"{name}() is an old-style hookwrapper; use wrapper=True")
+    if hook.options.get("wrapper") and not inspect.isgeneratorfunction(function):
+        problems.append(f"wrapper {name}() must be a 'def' with one 'yield'")
+    return problems

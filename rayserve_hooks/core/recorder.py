@@ -1,0 +1,228 @@
+"""Who is running, and what each call changes: the manager's side of a `CallbackCtx`.
+
+This is the one file besides ``context.py`` that touches a context's private state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from rayserve_hooks.context import CallbackCtx, Handled, NodeResult
+from rayserve_hooks.core import threads
+from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.masking import is_secret, shown
+from rayserve_hooks.trace import ABSENT, Change, TraceEntry
+
+
+@dataclass(frozen=True)
+class BackgroundTask:
+    """What a callback started with ``ctx.run_in_background``.
+
+    Attributes:
+        entry: Its line in the trace, with the callback and hook that started it.
+        call: The running function.
+    """
+
+    entry: TraceEntry
+    call: threads.ThreadCall[Any]
+
+
+class Recorder:
+    """Brackets each call of a callback, so that errors, trace and conflicts can name it.
+
+    Args:
+        ctx: The context to watch; a context has one recorder.
+        role: ``"replica"``, ``"node"`` or ``"driver"``, for the trace.
+        attempt: How often this node's process was started, for the trace.
+        on_call: Called with the trace entry of each call before the call starts.
+
+    Attributes:
+        running: The call that is running, the innermost one; None between calls.
+        assigned: The fields that callbacks have assigned.
+        background: What was started with ``ctx.run_in_background`` and has not been taken yet.
+        values: The context's read/write fields, to keep their secrets out of texts.
+    """
+
+    def __init__(
+        self,
+        ctx: CallbackCtx,
+        *,
+        role: str = "driver",
+        attempt: int = 1,
+        on_call: Callable[[TraceEntry], None] | None = None,
+    ) -> None:
+        self._state = ctx._state
+        self._state.recorder = self
+        self._role, self._attempt, self._on_call = role, attempt, on_call
+        self._conflicts: dict[str, str] = {}
+        self.running: TraceEntry | None = None
+        self.assigned: set[str] = set()
+        self.background: list[BackgroundTask] = []
+        self.values: Mapping[str, Any] = self._state.values
+        self._before = snapshot(self.values)
+
+    def begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
+        """Note that a call starts.
+
+        Returns:
+            Its trace entry, and that of the call around it, for `end`.
+        """
+        outer = self.running
+        if outer is not None:  # a hook call inside a callback: charge it with its own changes
+            self.note_changes(outer)
+        entry = self._entry(callback, hook)
+        if self._on_call is not None:
+            self._on_call(entry)
+        self.running = entry
+        return entry, outer
+
+    def end(self, entry: TraceEntry, outer: TraceEntry | None, outcome: str) -> None:
+        """Note that a call has ended."""
+        self.note_changes(entry)
+        self.running = outer
+        entry.finish(outcome)
+
+    def note_changes(self, entry: TraceEntry) -> None:
+        """Charge ``entry`` with what differs from the last look, and warn of conflicts."""
+        try:
+            if self.values == self._before:
+                return
+        except Exception:  # noqa: S110 - suppress() would cost more than all the rest
+            pass  # an array's == has no truth value: look closer
+        changes = changes_between(self._before, self.values)
+        entry.changes = (*entry.changes, *changes)
+        self._before = snapshot(self.values)
+        for path in (change.path for change in changes):
+            earlier = self._conflicts.get(path, entry.callback)
+            if earlier != entry.callback and not path.startswith("custom_data"):
+                logger.warning(
+                    "callbacks %r and %r both set ctx.%s; %r ran last and has the last word",
+                    earlier,
+                    entry.callback,
+                    path,
+                    entry.callback,
+                )
+            self._conflicts[path] = entry.callback
+
+    def note_assignment(self, name: str) -> None:
+        """Note that a field was assigned, if a callback is running."""
+        if self.running is not None:
+            self.assigned.add(name)
+
+    def run_in_background(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Start what `CallbackCtx.run_in_background` documents."""
+        running = self.running
+        assert running is not None
+        name = getattr(fn, "__name__", type(fn).__name__)
+        entry = self._entry(running.callback, running.hook, background=name)
+
+        def run() -> Any:
+            outcome = "failed"
+            try:
+                result = fn(*args)
+                if inspect.isawaitable(result):
+                    result = threads.run_coroutine(result)
+                outcome = "returned"
+                return result
+            finally:
+                entry.finish(outcome)
+
+        call = threads.start_in_thread(run)
+        self.background.append(BackgroundTask(entry, call))
+        return call.future
+
+    def take_over(self, handled: Handled | None) -> None:
+        """Set ``ctx.handled``."""
+        self._state.handled = handled
+
+    def adopt(self, **values: Any) -> None:
+        """Set fields on behalf of the initialization itself, not of a callback."""
+        self._state.values.update(values)
+        self._before = snapshot(self.values)
+
+    def set_nodes(self, results: Mapping[str, NodeResult]) -> None:
+        """Set ``ctx.nodes``."""
+        self._state.nodes.update(results)
+
+    def set_own_custom_data(self) -> None:
+        """Copy ``ctx.custom_data`` to this node's result, once nothing adds to it any more."""
+        node_id = self._state.node.id
+        if here := self._state.nodes.get(node_id):
+            custom_data = dict(self.values["custom_data"])
+            self._state.nodes[node_id] = dataclasses.replace(here, custom_data=custom_data)
+
+    def _entry(self, callback: str, hook: str, background: str = "") -> TraceEntry:
+        entry = TraceEntry(
+            callback,
+            hook,
+            self._role,
+            self._state.node.id,
+            background=background,
+            attempt=self._attempt,
+        )
+        self._state.trace.add(entry)
+        return entry
+
+
+def recorder_of(ctx: CallbackCtx) -> Recorder:
+    """Return a context's recorder; one that was made by hand gets it here."""
+    recorder = ctx._state.recorder
+    return recorder or Recorder(ctx)  # type: ignore[return-value] # the one implementation
+
+
+def snapshot(value: Any) -> Any:
+    """Copy plain containers, and nothing in them, so that a later change in place shows."""
+    if type(value) is dict:
+        return {key: snapshot(item) for key, item in value.items()}
+    if type(value) is list:
+        return [snapshot(item) for item in value]
+    return value
+
+
+def changes_between(
+    before: Mapping[str, Any], after: Mapping[str, Any], path: str = "", secret: bool = False
+) -> tuple[Change, ...]:
+    """List where two snapshots differ, through dicts, in ``after``'s order.
+
+    Args:
+        before: The earlier snapshot.
+        after: The later one.
+        path: Where in the context they are.
+        secret: Whether all their values are.
+    """
+    changes: list[Change] = []
+    for key in [*after, *(key for key in before if key not in after)]:
+        here = f"{path}.{key}" if path else str(key)
+        hidden = secret or is_secret(key)
+        old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
+        # A dict that comes or goes whole counts as its keys, so that paths can be compared.
+        if old is _ABSENT and isinstance(new, dict) and new:
+            old = {}
+        if new is _ABSENT and isinstance(old, dict) and old:
+            new = {}
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes.extend(changes_between(old, new, here, hidden))
+        elif not _same(old, new):
+            changes.append(Change(here, _formatted(old, hidden), _formatted(new, hidden)))
+    return tuple(changes)
+
+
+_ABSENT = object()
+
+
+def _formatted(value: Any, secret: bool) -> str:
+    return ABSENT if value is _ABSENT else shown(value, secret)
+
+
+def _same(old: Any, new: Any) -> bool:
+    if old is new:
+        return True
+    try:
+        return bool(old == new)
+    except Exception:  # a value whose == cannot be a truth value, such as an array
+        return False
