@@ -109,8 +109,6 @@ class NodeActor:
         self._stage.cancel()
         await asyncio.wait([self._stage], timeout=_GIVE_UP_S)
         self._error = HookError(
-            callback=None,
-            hook=None,
             node=str(self._request.node),
             phase=self._phase,
             detail="stopped, because the initialization has failed elsewhere or was cancelled",

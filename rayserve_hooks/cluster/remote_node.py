@@ -164,8 +164,6 @@ class RemoteNode:
         if isinstance(outcome, CleanUp):
             return outcome.failures
         failure = HookError(
-            callback=None,
-            hook=None,
             node=str(self.node),
             phase=Phase.CLEAN_UP,
             detail=f"on_init_failed did not run: {describe(outcome)}",

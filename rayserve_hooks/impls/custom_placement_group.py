@@ -32,10 +32,7 @@ class CustomPlacementGroup:
     """
 
     def __init__(
-        self,
-        bundles: Sequence[Mapping[str, float]],
-        strategy: Strategy = "PACK",
-        name: str = "",
+        self, bundles: Sequence[Mapping[str, float]], strategy: Strategy = "PACK", name: str = ""
     ) -> None:
         if not bundles:
             raise CallbackConfigError(
