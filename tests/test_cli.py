@@ -173,6 +173,7 @@ def test_a_config_in_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert {row["deployment"] for row in rows(capsys, "order", str(path))} == {"default/?"}
 
 
+@pytest.mark.slow  # it imports Ray
 def test_a_ray_callback_instead_of_ours_is_a_list_of_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_ray_callback_instead_of_ours_is_a_list_of_one(
     ]
 
 
+@pytest.mark.slow  # it imports Ray
 def test_a_wrong_argument_of_a_ray_callback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,8 @@ def test_pre_commit_runs_what_make_lint_runs_and_nothing_else() -> None:
     assert (hook["language"], hook["entry"]) == ("system", "make lint")
     # mypy reads the whole tree, so a list of changed files would check something else.
     assert (hook["pass_filenames"], hook["always_run"]) == (False, True)
+
+
+def test_a_warning_of_anybody_is_an_error_in_a_test_without_ray() -> None:
+    with pytest.raises(DeprecationWarning, match="old"):
+        warnings.warn_explicit("old", DeprecationWarning, "elsewhere.py", 1, module="elsewhere")
