@@ -182,7 +182,7 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
                 "callback": entry.name,
                 "options": ["only_on_cluster"],
                 "distribution": "",
-                "source": str(entry.target),
+                "source": str(entry.callback),
             }
 
 
