@@ -41,7 +41,8 @@ def checked_arguments(
         by_position = dict(zip(names, args, strict=False))
         if len(args) > len(names) or by_position.keys() & kwargs.keys():
             init(self, *args, **kwargs)  # Python's own TypeError
-        init(self, **_checked(type(self).__name__, init, {**by_position, **kwargs}))
+        given = {**by_position, **kwargs}
+        init(self, **_checked(type(self).__name__, init, given))  # type: ignore[call-arg]
 
     return checked
 

@@ -71,14 +71,15 @@ class TimeLimits:
             )
         values = {str(name): value for name, value in values.items()}
         try:
-            return _adapter().validate_python(values)
+            return limits_adapter().validate_python(values)
         except ValidationError as error:
             problems = [_message(problem) for problem in problems_of(error, known)]
         raise CallbackConfigError(*problems)
 
 
 @functools.cache
-def _adapter() -> TypeAdapter[TimeLimits]:
+def limits_adapter() -> TypeAdapter[TimeLimits]:
+    """Return pydantic's view of limits that are written as a mapping."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(TimeLimits)

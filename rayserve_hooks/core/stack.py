@@ -56,11 +56,11 @@ class CallbackEntry:
             json_schema_extra={"type": "string"},
         )
     )
-    kwargs: Mapping[str, Any] | None = field(
-        default=None, metadata=_described("Arguments of the class's constructor.")
+    kwargs: Mapping[str, Any] = field(
+        default_factory=dict, metadata=_described("Arguments of the class's constructor.")
     )
-    name: str | None = field(
-        default=None,
+    name: str = field(
+        default="",
         metadata=_described("The callback's name in order, trace and errors.", min_length=1),
     )
     on_error: Literal["raise", "warn"] | None = field(
@@ -82,7 +82,7 @@ class CallbackEntry:
             default_name, what = what.__name__, identity(what)
         else:
             default_name = callback.replace(":", ".").rpartition(".")[2]
-        kwargs, name = dict(self.kwargs or {}), self.name or default_name
+        kwargs, name = dict(self.kwargs), self.name or default_name
         object.__setattr__(self, "kwargs", kwargs)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "key", (name, what, _canonical(kwargs), self.on_error or ""))
@@ -197,7 +197,7 @@ class CallbackStack:
         stack = cls(entries, on_error, limits, adapt=adapt)
         if problems:
             with problems.collected():
-                stack.build()
+                stack.here().build()
         problems.raise_all()
         return stack
 
@@ -288,10 +288,9 @@ def _parse(item: object, where: str) -> CallbackEntry:
     if not isinstance(item, Mapping):
         rest = "an instance, a module, or a mapping with 'callback'"
         return CallbackEntry(_callback(item, where, rest))
-    written = dict(item)
-    if written.get("callback") is None:
-        written.pop("callback", None)
-    else:
+    optional = ("callback", "kwargs", "name", "on_error")
+    written = {key: item[key] for key in item if key not in optional or item[key] is not None}
+    if "callback" in written:
         rest = "an instance or a module"
         written["callback"] = _callback(item["callback"], f"{where}: callback", rest)
     try:
@@ -323,6 +322,8 @@ def _message(problem: Problem, item: Mapping[Any, Any], where: str) -> str:
         )
     if problem.path == "name":
         return f"{where}: name is {item['name']!r}; write a string"
+    if not problem.path and not problem.of_key:  # of CallbackEntry itself
+        return problem.text
     if problem.text.startswith("has no"):
         return f"{where} names no callback; add 'callback: pkg.module:Class'"
     known = f"; known keys: {', '.join(_KEYS)}" if problem.of_key and not problem.path else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rayserve_hooks.core.masking import MASK, is_secret, redact, shown
@@ -97,7 +97,7 @@ def problems_of(
             yield Problem(_written([*outer, last]), "" if text.startswith(value) else value, text)
 
 
-def _written(path: list[str | int]) -> str:
+def _written(path: Sequence[str | int]) -> str:
     return "".join(str(key) if index == 0 else f"[{key!r}]" for index, key in enumerate(path))
 
 
@@ -108,15 +108,17 @@ def _advice(details: ErrorDetails) -> str:
         return f"use one of {', '.join(sorted(choices))}"
     if kind in _LIMITS:
         return _LIMITS[kind].format_map(context)
-    if kind == "sequence_str" or (kind == "list_type" and isinstance(details["input"], str)):
-        return "write a list, even of one item"
-    if kind == "is_instance_of" and context.get("class") in ("Mapping", "Sequence"):
-        return f"write {_WRITE[context['class'].lower()]}"
-    written = _WRITE.get(kind.rpartition("_type")[0]) or _WRITE.get(kind.rpartition("_parsing")[0])
+    if kind == "is_instance_of":  # of an abstract class
+        kind = f"{context['class'].lower()}_type"
+    written = _WRITE.get(kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_str"))
     if written:
-        return f"write {written}"
+        one = (
+            ", even of one item"
+            if written == "a list" and details["input"].__class__ is str
+            else ""
+        )
+        return f"write {written}{one}"
     raised = context.get("error")
     if isinstance(raised, Exception):
         return str(raised)  # of a validator of ours
-    message = details["msg"].rstrip(" .")
-    return message[:1].lower() + message[1:]
+    return details["msg"][:1].lower() + details["msg"][1:]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import PlainValidator
+from pydantic import PlainValidator, WithJsonSchema
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core.arguments import checked_arguments
@@ -20,7 +20,9 @@ def _absolute(path: object) -> Path:
     return Path(path)
 
 
-ModelPath = Annotated[str | Path, PlainValidator(_absolute)]
+ModelPath = Annotated[
+    str | Path, PlainValidator(_absolute), WithJsonSchema({"type": "string", "pattern": "^/"})
+]
 
 
 class CustomInitialization:

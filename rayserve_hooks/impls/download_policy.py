@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import PlainValidator
+from pydantic import PlainValidator, WithJsonSchema
 
 from rayserve_hooks.context import CallbackCtx, DownloadMode, NodeModelDownloadable
 from rayserve_hooks.core.arguments import checked_arguments
 
-Mode = Annotated[DownloadMode, PlainValidator(NodeModelDownloadable.parse)]
+Mode = Annotated[
+    DownloadMode,
+    PlainValidator(NodeModelDownloadable.parse),
+    WithJsonSchema({"enum": sorted(NodeModelDownloadable.__members__)}),
+]
 
 
 class DownloadPolicy:

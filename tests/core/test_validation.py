@@ -58,7 +58,7 @@ def problems(hint: Any, value: object) -> list[Problem]:
         (dict[str, int], ["a"], "it=['a']): write a mapping"),
         (Mapping[str, int], ["a"], "it=['a']): write a mapping"),
         (Literal["b", "a"], "c", "it='c'): use one of a, b"),
-        (Annotated[float, Field(gt=0)], 0, "it=0.0): write more than 0"),
+        (Annotated[float, Field(gt=0)], 0, "it=0): write more than 0"),
         (Annotated[int, Field(ge=1)], 0, "it=0): write at least 1"),
         (Annotated[int, Field(lt=1)], 7, "it=7): write less than 1"),
         (Annotated[int, Field(le=1)], 7, "it=7): write at most 1"),
