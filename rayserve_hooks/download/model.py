@@ -29,8 +29,7 @@ from typing import Any, TextIO
 
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download.caller import STANDALONE, Caller
-from rayserve_hooks.download.checksums import checksum_of
-from rayserve_hooks.download.heads import Heads, expected_checksum
+from rayserve_hooks.download.checksums import Heads, checksum_of, expected_checksum
 from rayserve_hooks.download.node_lock import node_lock
 from rayserve_hooks.download.stores import STATE_FOLDER, RemoteFile, Source, open_source
 from rayserve_hooks.download.transfer import Content, fetch, unwritable
