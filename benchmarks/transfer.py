@@ -82,7 +82,7 @@ def ours_by_obstore(case: str, target: Path) -> Callable[[], object]:
     """Ours, without the direct reads of large files."""
     from rayserve_hooks.download.direct import DirectReader
 
-    nothing: Callable[..., Iterator[memoryview]] = lambda *_: iter(())
+    nothing: Callable[..., Iterator[memoryview]] = lambda *_: (part for part in ())
     DirectReader.read = nothing  # type: ignore[method-assign]
     return ours(case, target)
 

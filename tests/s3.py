@@ -113,10 +113,18 @@ class Server:
         """Count the requests that start with a text."""
         return sum(request.startswith(start) for request in self.requests)
 
-    def forget(self) -> None:
-        """Set the counters to zero, once the answers to clients that are gone have ended."""
+    def sent_of(self, path: str) -> int:
+        """Return the body bytes of an object, once all answers have ended and been counted."""
+        self._settle()
+        return self.sent[path]
+
+    def _settle(self) -> None:
         with self.idle:
             assert self.idle.wait_for(lambda: self.answering == 0, timeout=10)
+
+    def forget(self) -> None:
+        """Set the counters to zero, once the answers to clients that are gone have ended."""
+        self._settle()
         self.requests.clear()
         self.sent.clear()
 

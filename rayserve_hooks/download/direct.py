@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -37,7 +37,7 @@ class DirectReader:
         self._usable, self._worked = source.scheme == "s3", False
         self._idle: deque[tuple[http.client.HTTPConnection, memoryview]] = deque()
 
-    def read(self, file: RemoteFile, span: Span) -> Iterator[memoryview]:
+    def read(self, file: RemoteFile, span: Span) -> Generator[memoryview, None, None]:
         """Yield a range's parts in order; after any failure the rest is missing.
 
         The request is pinned to the file's version. A part is valid until the next iteration.

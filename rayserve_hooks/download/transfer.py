@@ -240,7 +240,9 @@ class _Transfer:
         try:
             with self._lock:
                 partial.open()
-            start = self._take(self.direct.read(partial.file, span), partial.file, span, write)
+            # Closed here, also where a failed download leaves it half read: its connection, too.
+            with contextlib.closing(self.direct.read(partial.file, span)) as parts:
+                start = self._take(parts, partial.file, span, write)
             self._receive(partial.file, (start, span[1]), write)
             if crc is not None:
                 partial.crcs[span[0]] = crc.digest()
