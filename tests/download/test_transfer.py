@@ -754,7 +754,9 @@ def test_a_disk_that_is_too_small(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reading", ["pass", "transfer.DirectReader.read = lambda *_: (part for part in ())"])
+@pytest.mark.parametrize(
+    "reading", ["pass", "transfer.DirectReader.read = lambda *_: (part for part in ())"]
+)
 def test_memory_stays_small_with_a_large_file_on_a_machine_with_many_cores(
     reading: str, server: s3.Server, weights: Path, tmp_path: Path
 ) -> None:
