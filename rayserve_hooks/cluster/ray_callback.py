@@ -12,19 +12,25 @@ from rayserve_hooks.core import threads
 from rayserve_hooks.errors import CallbackConfigError
 
 
-def adapt_ray_callback(cls: type, kwargs: Mapping[str, Any]) -> RayCallback | None:
-    """Return a plugin for a class that is written for Ray's own slot; None for any other class.
+def adapt_ray_callback(found: object, kwargs: Mapping[str, Any]) -> RayCallback | None:
+    """Return a plugin for a class that is written for Ray's own slot; None for anything else.
 
     Args:
-        cls: The class.
-        kwargs: Its constructor arguments.
+        found: The class, or an instance.
+        kwargs: The constructor arguments of a class.
 
     Raises:
-        CallbackConfigError: Its constructor does not take these arguments, or it is our own
-            adapter to Ray's slot.
+        CallbackConfigError: Its constructor does not take these arguments, it is an instance, or
+            it is our own adapter to Ray's slot.
     """
+    cls = found if isinstance(found, type) else type(found)
     if not _ray.is_ray_callback(cls):
         return None
+    if cls is not found:
+        raise CallbackConfigError(
+            "is an instance of a Ray callback, which belongs to one config and context; name the "
+            "class, with its arguments in kwargs"
+        )
     if _ray.is_hooks_callback(cls):
         raise CallbackConfigError(
             "HooksCallback runs this list and cannot be in it; list the callbacks themselves"

@@ -20,12 +20,12 @@ from rayserve_hooks.errors import CallbackConfigError, describe
 
 ENTRY_POINT_GROUP = "rayserve_hooks"
 
-Adapt = Callable[[type, Mapping[str, Any]], object | None]
+Adapt = Callable[[object, Mapping[str, Any]], object | None]
 """Builds the plugin for a class that is written for another interface, from the class and its
-constructor arguments; returns None for every other class."""
+constructor arguments; refuses an instance of one, and returns None for everything else."""
 
 
-def no_adapter(cls: type, kwargs: Mapping[str, Any]) -> object | None:
+def no_adapter(found: object, kwargs: Mapping[str, Any]) -> object | None:
     """Return None: every class is a callback of ours."""
     return None
 
@@ -45,11 +45,7 @@ def build(
     """
     if isinstance(target, Instance):
         plugin = target.load()
-        if adapt(type(plugin), {}) is not None:
-            raise CallbackConfigError(
-                "it is an instance of a Ray callback, which belongs to one config and context; "
-                "name the class, with its arguments in kwargs"
-            )
+        adapt(plugin, {})  # refuses an instance of another interface
     else:
         found = resolve(target) if isinstance(target, str) else target
         plugin = _construct(found, kwargs, adapt) if isinstance(found, type) else found

@@ -13,6 +13,7 @@ from rayserve_hooks.core.instances import Dumps, Instance, identity
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, no_adapter
 from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.recorder import snapshot
 from rayserve_hooks.core.suggest import did_you_mean
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 
@@ -47,6 +48,9 @@ class CallbackEntry:
     key: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # Neither what becomes of the config's dicts nor a callback that changes its arguments
+        # reaches what travels.
+        object.__setattr__(self, "kwargs", snapshot(dict(self.kwargs)))
         if not self.name:
             object.__setattr__(self, "name", _default_name(self.target))
         # A class by identity, not by name: a notebook defines the same one anew with other code.
@@ -70,13 +74,15 @@ class CallbackEntry:
             CallbackConfigError: It cannot be imported or built, or is not a callback.
         """
         try:
-            return build(self.target, self.kwargs, adapt)
+            return build(self.target, snapshot(self.kwargs), adapt)
         except CallbackConfigError as error:
             texts = (self._named(problem) for problem in error.problems)
             raise CallbackConfigError(*texts) from error.__cause__
 
     def _named(self, problem: str) -> str:
-        return problem if problem.startswith("callback ") else f"callback {self.name!r}: {problem}"
+        if problem.startswith("callback "):
+            return problem
+        return f"callback {self.name!r}{' ' if problem.startswith('is ') else ': '}{problem}"
 
     def freeze(self, dumps: Dumps) -> None:
         """Check that the entry can be sent to another process, and keep an instance's bytes.
@@ -174,7 +180,7 @@ class CallbackStack:
         stack = cls(entries, on_error, limits, adapt=adapt)
         if problems:
             with problems.collected():
-                stack.build()
+                stack.here().build()
         problems.raise_all()
         return stack
 
@@ -305,7 +311,7 @@ def _parse(item: object, where: str) -> CallbackEntry:
             f"{where}: only_on_cluster is {elsewhere!r} for callback {item['callback']!r}; write "
             "true, and name the callback by a string"
         )
-    return CallbackEntry(_target(item["callback"]), dict(kwargs), name or "", on_error, elsewhere)
+    return CallbackEntry(_target(item["callback"]), kwargs, name or "", on_error, elsewhere)
 
 
 def _is_no_callback(value: object) -> bool:
