@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from plugins_for_tests import make_ctx
+from plugins_for_tests import make_ctx, parse_callbacks
 
 from rayserve_hooks.cli import main
 from rayserve_hooks.context import NodeInfo
-from rayserve_hooks.core.manager import hook_error
-from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback
+from rayserve_hooks.core.failures import hook_error
+from rayserve_hooks.core.hooks import HOOKS
+from rayserve_hooks.hookspecs import RayServeLLMCallback
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,8 +76,6 @@ def test_the_yaml_of_the_callbacks_page_is_in_order(capsys: pytest.CaptureFixtur
 
 
 def test_the_yaml_example_is_a_serve_config_with_callbacks_that_exist() -> None:
-    from rayserve_hooks.core.loading import parse_callbacks
-
     config = yaml.safe_load((ROOT / "examples" / "serve_config.yaml").read_text())
     (application,) = config["applications"]
     assert application["import_path"] == "ray.serve.llm:build_openai_app"

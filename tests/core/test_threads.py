@@ -240,7 +240,7 @@ def test_a_call_runs_in_a_daemon_thread_so_that_its_process_can_end() -> None:
 def test_a_process_ends_while_a_callback_hangs() -> None:
     script = """
         import asyncio, threading
-        from rayserve_hooks import aio
+        from rayserve_hooks.core import threads
 
         started = threading.Event()
 
@@ -248,7 +248,7 @@ def test_a_process_ends_while_a_callback_hangs() -> None:
             started.set()
             threading.Event().wait()
 
-        aio.ThreadCall(hangs)
+        threads.ThreadCall(hangs)
         started.wait()
         print("ends")
     """
