@@ -13,12 +13,11 @@ ROOT = Path(__file__).parent
 EXAMPLES = ROOT / "examples"
 TESTS = ROOT / "tests"
 
-# Callbacks of the examples and the tests are named by string, here and in Ray's processes.
-for folder in (EXAMPLES, TESTS):
-    sys.path.insert(0, str(folder))
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(EXAMPLES), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-)
+# Callbacks of the examples and the tests are named by string, here and in Ray's processes, which
+# also import the test modules whose classes they get.
+FOLDERS = [str(folder) for folder in (EXAMPLES, TESTS, TESTS / "cluster")]
+sys.path[:0] = FOLDERS
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH")]))
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 # By default Serve gives up a proxy that takes five seconds to start, as on a busy machine.
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
@@ -34,6 +33,17 @@ class RayCluster(NamedTuple):
     other_id: str
     other_cache: Path
     cluster: Any
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make every warning an error in tests without Ray; with it, setup.cfg's filters stay.
+
+    Ray and vLLM warn about their own dependencies, in other words with each of their versions.
+    """
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("ray", "engine")):
+            # In front, so that a test's own filters count more.
+            item.add_marker(pytest.mark.filterwarnings("error"), append=False)
 
 
 @pytest.fixture(scope="session")

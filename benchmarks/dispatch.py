@@ -15,8 +15,8 @@ import pluggy
 from report import Benchmark, arguments, in_fresh_process
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
-from rayserve_hooks.core.loading import parse_callbacks
-from rayserve_hooks.core.manager import CallbackStack, PluginManager
+from rayserve_hooks.core.manager import PluginManager
+from rayserve_hooks.core.stack import CallbackStack
 
 CASES = ("1", "10", "100", "1000")
 SIDES = ("direct calls", "bare pluggy", "ours")
@@ -38,9 +38,9 @@ class Callback:
 
 
 def microseconds(count: int, side: str) -> float:
-    """Give the microseconds of one hook call, the best of several runs."""
+    """Return the microseconds of one hook call, the best of several runs."""
     ctx = CallbackCtx(
-        llm_config=object(),  # type: ignore[arg-type]
+        llm_config=object(),
         node=NodeInfo("n", "10.0.0.1", is_local=True),
         runtime_env={"env_vars": {f"VARIABLE_{i}": "1" for i in range(20)}},
         extra_init_kwargs={"max_model_len": 512},
@@ -60,7 +60,7 @@ def microseconds(count: int, side: str) -> float:
         call = lambda: bare.hook.on_after_init(ctx=ctx)
     elif side == "ours":
         named = [{"callback": Callback, "name": f"c{i}"} for i in range(count)]
-        manager = PluginManager(CallbackStack("bench", parse_callbacks(named)))
+        manager = PluginManager(CallbackStack.parse(named))
         call = lambda: manager.hook.on_after_init(ctx=ctx)
     number = max(1, 2000 // count)
     best = min(timeit.repeat(call, number=number, repeat=7))

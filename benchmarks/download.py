@@ -50,14 +50,14 @@ async def stock_task(config: Any, node_id: str, mode: str) -> None:
     await task.remote(config)
 
 
-async def our_task(config: Any, node_id: str, mode: str) -> None:
+async def our_task(config: Any, node_id: str, mode: Any) -> None:
     from ray import cloudpickle
 
-    from rayserve_hooks import _ray
-    from rayserve_hooks.cluster.node import ModelSource, request_for
-    from rayserve_hooks.cluster.remote_node import NodeTask
+    from rayserve_hooks.cluster import _ray
+    from rayserve_hooks.cluster.remote_node import RemoteNode
+    from rayserve_hooks.cluster.stacks import stack_of
+    from rayserve_hooks.cluster.travel import ModelSource, request_for
     from rayserve_hooks.context import CallbackCtx, NodeInfo
-    from rayserve_hooks.core.manager import stack_of
 
     ctx = CallbackCtx(
         llm_config=config,
@@ -68,7 +68,7 @@ async def our_task(config: Any, node_id: str, mode: str) -> None:
     source = ModelSource(*_ray.model_source(config))
     node = NodeInfo(node_id, "other", is_local=False)
     request = request_for(node, ctx, stack_of(config), source, cloudpickle.dumps(config))
-    await NodeTask(request, ctx.runtime_env).wait()
+    await RemoteNode(request, ctx.runtime_env).wait()
 
 
 def task_seconds(side: str, mode: str, cache: Path) -> float:

@@ -12,11 +12,11 @@ from typing import Any
 
 from report import Benchmark, arguments
 
-from rayserve_hooks.cluster.node import with_background
 from rayserve_hooks.context import CallbackCtx, NodeInfo
-from rayserve_hooks.core import threads as aio
-from rayserve_hooks.core.loading import parse_callbacks
-from rayserve_hooks.core.manager import CallbackStack, PluginManager
+from rayserve_hooks.core import threads
+from rayserve_hooks.core.manager import PluginManager
+from rayserve_hooks.core.running import with_background
+from rayserve_hooks.core.stack import CallbackStack
 
 CASE = "tasks of 1.0, 1.5 and 2.0 s"
 LONGEST_S = 2.0
@@ -38,12 +38,12 @@ def seconds(case: str, side: str) -> float:
         {"callback": Waits, "name": f"waits_{s}", "kwargs": {"seconds": s, "sync": sync}}
         for s, sync in tasks
     ]
-    manager = PluginManager(CallbackStack("bench", parse_callbacks(callbacks)))
+    manager = PluginManager(CallbackStack.parse(callbacks))
     ctx = CallbackCtx(
-        llm_config=object(),  # type: ignore[arg-type]
+        llm_config=object(),
         node=NodeInfo("n", "10.0.0.1", is_local=True),
     )
-    chain = aio.run_in_thread(manager.hook.on_before_download, ctx=ctx)
+    chain = threads.run_in_thread(manager.hook.on_before_download, ctx=ctx)
     started = time.perf_counter()
     if side == "ours":
         asyncio.run(with_background(manager, ctx, chain))

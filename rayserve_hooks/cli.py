@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rayserve_hooks.cluster._ray import HOOKS_CALLBACK
+from rayserve_hooks.cluster.schema import config_schema
 from rayserve_hooks.cluster.stacks import parse_settings
 from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.loading import short_names
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0: the table or JSON has been printed.
+        0: the table, JSON or schema has been printed.
         1: the config is wrong; every problem has been printed to standard error.
 
     Raises:
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # As 'serve run' does: callbacks are often modules beside the config.
     sys.path.insert(0, str(Path(options.app_dir).absolute()))
     try:
+        if options.command == "schema":
+            print(json.dumps(config_schema(), indent=2))
+            return 0
         rows = order(options.config) if options.command == "order" else plugins()
     except CallbackConfigError as error:
         print(f"rayserve-hooks: {error}", file=sys.stderr)
@@ -64,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
         "order", parents=[common], help="print the callbacks of a Serve config in run order"
     )
     in_order.add_argument("config", help="the YAML file that 'serve run' and 'serve deploy' take")
+    commands.add_parser(
+        "schema", parents=[common], help="print the JSON Schema of a Serve config, for editors"
+    )
     commands.add_parser("plugins", parents=[common], help="list the callbacks with a short name")
     return parser
 
@@ -182,7 +189,7 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
                 "callback": entry.name,
                 "options": ["only_on_cluster"],
                 "distribution": "",
-                "source": str(entry.target),
+                "source": str(entry.callback),
             }
 
 

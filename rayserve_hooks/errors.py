@@ -104,11 +104,11 @@ class HookError(HooksError, RuntimeError):
     def __init__(
         self,
         *,
-        callback: str | None,
-        hook: str | None,
         node: str,
         phase: Phase,
         detail: str,
+        callback: str | None = None,
+        hook: str | None = None,
         advice: str = "",
         cleanup_errors: Sequence[HookError] = (),
     ) -> None:
@@ -132,15 +132,7 @@ class HookError(HooksError, RuntimeError):
         return f"{what} on node {self.node} (phase: {self.phase}): {self.detail}{advice}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        fields = {
-            "callback": self.callback,
-            "hook": self.hook,
-            "node": self.node,
-            "phase": self.phase,
-            "detail": self.detail,
-            "advice": self.advice,
-            "cleanup_errors": self.cleanup_errors,
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "__notes__"}
         return _rebuild_hook_error, (fields, _portable(self.__cause__))
 
 

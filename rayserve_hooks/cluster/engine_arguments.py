@@ -94,8 +94,6 @@ def set_model_path(ctx: CallbackCtx) -> None:
     if len(paths) > 1:
         where = ", ".join(f"{result.node}: {result.model_path!r}" for result in ctx.nodes.values())
         raise HookError(
-            callback=None,
-            hook=None,
             node=str(ctx.node),
             phase=Phase.DOWNLOAD,
             detail=f"the engine needs one model path on all nodes, got {where}; return the same "

@@ -20,10 +20,7 @@ from rayserve_hooks.errors import HookError, Phase, describe
 
 
 async def initialize_this_node(
-    manager: PluginManager,
-    ctx: CallbackCtx,
-    source: ModelSource,
-    on_phase: Callable[[Phase], None],
+    manager: PluginManager, ctx: CallbackCtx, source: ModelSource, on_phase: Callable[[Phase], None]
 ) -> NodeResult:
     """Run the per-node hook and, unless it brings the model, the default download.
 
@@ -67,13 +64,7 @@ async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) 
     except HookError:
         raise
     except Exception as error:
-        raise HookError(
-            callback=None,
-            hook=None,
-            node=str(ctx.node),
-            phase=Phase.DOWNLOAD,
-            detail=describe(error),
-        ) from error
+        raise HookError(node=str(ctx.node), phase=Phase.DOWNLOAD, detail=describe(error)) from error
 
 
 def _mode_field(node: NodeInfo) -> str:

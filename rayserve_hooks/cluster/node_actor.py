@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import threading
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -24,7 +23,7 @@ from rayserve_hooks.core import threads
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.running import clean_up, with_background
 from rayserve_hooks.errors import HookError, Phase
-from rayserve_hooks.trace import Trace, TraceEntry
+from rayserve_hooks.trace import TraceEntry
 
 T = TypeVar("T")
 
@@ -45,12 +44,11 @@ class NodeActor:
 
     def __init__(self, request: NodeRequest, attempt: int) -> None:
         self._request, self._attempt = request, attempt
-        self._phase = Phase.BEFORE_DOWNLOAD
+        self._phase: Phase | None = None
         self._ctx: CallbackCtx | None = None
         self._stage: asyncio.Task[NodeReply] | None = None
         self._error: BaseException | None = None
         self._reports = _Reports()
-        self._news = _News()
 
     async def initialize(self) -> NodeReply:
         """Run the node's stage.
@@ -67,8 +65,7 @@ class NodeActor:
             seen: Number of the last status that was received; 0 before the first.
         """
         number = await self._reports.after(seen)
-        calls = self._news.of(self._ctx.trace) if self._ctx else {}
-        return NodeStatus(number, self._phase, calls)
+        return NodeStatus(number, self._phase, list(self._ctx.trace) if self._ctx else [])
 
     async def stop(self) -> None:
         """Cancel the node's stage if it still runs. Returns soon, unless the process hangs."""
@@ -99,9 +96,7 @@ class NodeActor:
         manager = await threads.run_in_thread(manager_of, request.stack)
         stage = initialize_this_node(manager, ctx, request.source, self._on_phase)
         result = await with_background(manager, ctx, stage)
-        # custom_data goes back key by key, so that one that cannot travel is an error naming it.
-        custom_data = pack_custom_data(ctx, request.custom_data_setters)
-        return NodeReply(result, custom_data, ctx.extra_init_kwargs, list(ctx.trace))
+        return NodeReply(result, pack_custom_data(ctx), ctx.extra_init_kwargs, list(ctx.trace))
 
     async def _stop(self) -> None:
         if self._stage is None or self._stage.done():
@@ -109,10 +104,8 @@ class NodeActor:
         self._stage.cancel()
         await asyncio.wait([self._stage], timeout=_GIVE_UP_S)
         self._error = HookError(
-            callback=None,
-            hook=None,
             node=str(self._request.node),
-            phase=self._phase,
+            phase=self._phase or Phase.BEFORE_DOWNLOAD,
             detail="stopped, because the initialization has failed elsewhere or was cancelled",
         )
 
@@ -170,21 +163,6 @@ class _Reports:
             self._condition.wait_for(
                 lambda: self._received >= number or self._closed, timeout=_RECEIPT_S
             )
-
-
-class _News:
-    """Yields of a growing trace what was added or has ended since the previous call."""
-
-    def __init__(self) -> None:
-        self._known = 0
-        self._open: set[int] = set()
-
-    def of(self, trace: Trace) -> dict[int, TraceEntry]:
-        places = [*sorted(self._open), *range(self._known, len(trace))]
-        news = {place: copy.copy(trace[place]) for place in places}
-        self._known += len(places) - len(self._open)
-        self._open = {place for place, entry in news.items() if entry.duration_s is None}
-        return news
 
 
 async def _on_process_loop(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -43,7 +43,7 @@ class RemoteNode:
         self._runtime_env = copy.deepcopy(runtime_env)
         self._earlier: list[TraceEntry] = []  # of processes that were killed
         self._killed_in: TraceEntry | None = None
-        self._calls: dict[int, TraceEntry] = {}
+        self._calls: list[TraceEntry] = []
         self._actor: Any = None
         self._initializing = asyncio.ensure_future(self._initialize())
 
@@ -54,7 +54,7 @@ class RemoteNode:
     @property
     def running(self) -> TraceEntry | None:
         """The call that is running there, the innermost one, as far as it is known here."""
-        calls = (self._calls[place] for place in sorted(self._calls, reverse=True))
+        calls = reversed(self._calls)
         return next((c for c in calls if c.outcome == "running" and not c.background), None)
 
     @property
@@ -63,7 +63,7 @@ class RemoteNode:
 
         One of which the end was never heard, because its process was stopped, is interrupted.
         """
-        calls = [*self._earlier, *(self._calls[place] for place in sorted(self._calls))]
+        calls = [*self._earlier, *self._calls]
         for call in calls:
             if call.outcome == "running":
                 call.outcome = "interrupted"
@@ -92,9 +92,9 @@ class RemoteNode:
             except RayError as error:
                 self._actor, problem = None, error
                 self._killed_in = self.running or self._killed_in
-                self._earlier, self._calls = self.trace, {}
+                self._earlier, self._calls = self.trace, []
             else:
-                self._calls = dict(enumerate(self.reply.trace))
+                self._calls = self.reply.trace
                 return self.reply
         assert problem is not None
         detail = f"its process was killed or the node died: {describe(problem)}"
@@ -127,8 +127,7 @@ class RemoteNode:
                 if not status.done() or isinstance(status.exception(), RayError):
                     break  # the reply is there, or will say why
                 heard = status.result()
-                seen, self.phase = heard.number, heard.phase
-                self._calls.update(heard.calls)
+                seen, self.phase, self._calls = heard.number, heard.phase, heard.trace
             return await reply  # type: ignore[no-any-return]
         finally:
             for answer in filter(None, (reply, status)):
@@ -155,6 +154,8 @@ class RemoteNode:
         """
         self._initializing.cancel()
         await asyncio.wait([self._initializing])
+        if not self._initializing.cancelled():
+            self._initializing.exception()  # has been reported, or follows from what was
         try:
             if self.phase is None and self.reply is None:
                 return []
@@ -164,8 +165,6 @@ class RemoteNode:
         if isinstance(outcome, CleanUp):
             return outcome.failures
         failure = HookError(
-            callback=None,
-            hook=None,
             node=str(self.node),
             phase=Phase.CLEAN_UP,
             detail=f"on_init_failed did not run: {describe(outcome)}",
@@ -185,7 +184,7 @@ class RemoteNode:
             request = self._request
             if self.reply is not None:
                 request = replace(request, custom_data=self.reply.custom_data)
-            self._earlier, self._calls = self.trace, {}
+            self._earlier, self._calls = self.trace, []
             started = sorted({call.callback for call in self._earlier})
             self._actor = self._start(request, _ATTEMPTS)
         try:
@@ -197,7 +196,7 @@ class RemoteNode:
             return problem.cause  # type: ignore[no-any-return]
         except (RayError, TimeoutError) as problem:
             return problem
-        self._calls = dict(enumerate(outcome.trace))
+        self._calls = outcome.trace
         return outcome
 
     async def _stopped(self) -> bool:

@@ -15,18 +15,10 @@ from rayserve_hooks.download.model import Mirror
 from rayserve_hooks.errors import HookError, Phase, describe
 from rayserve_hooks.trace import TraceEntry
 
-Setters = dict[str, tuple[str, str]]
-"""By key of ``custom_data``: the callback and hook that set it."""
-
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What the default download needs to know of the deployment's config.
-
-    Args:
-        model_id: The engine's model id or path.
-        mirror: The bucket the model is in, if any.
-    """
+    """What the default download needs to know: the engine's model id or path, and a mirror."""
 
     model_id: str
     mirror: Mirror | None
@@ -43,23 +35,15 @@ class NodeRequest:
     fields: dict[str, Any]
     assigned: frozenset[str]
     custom_data: dict[str, bytes]
-    custom_data_setters: Setters
 
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What a node's process is doing.
-
-    Attributes:
-        number: Grows by one with each report.
-        phase: `Phase.BEFORE_DOWNLOAD` or `Phase.DOWNLOAD`.
-        calls: By place in the node's trace, the calls that are new or have ended since the last
-            status.
-    """
+    """What a node's process is doing; ``number`` grows with each report."""
 
     number: int
-    phase: Phase
-    calls: dict[int, TraceEntry]
+    phase: Phase | None
+    trace: list[TraceEntry]
 
 
 @dataclass(frozen=True)
@@ -78,12 +62,7 @@ class NodeReply:
 
 @dataclass(frozen=True)
 class CleanUp:
-    """What ``on_init_failed`` did on a node.
-
-    Attributes:
-        failures: What failed in it.
-        trace: The calls of its process.
-    """
+    """What failed in ``on_init_failed`` on a node, and all calls of its process."""
 
     failures: list[HookError]
     trace: list[TraceEntry]
@@ -112,20 +91,13 @@ def request_for(
         fields,
         frozenset(recorder_of(ctx).assigned),
         pack_custom_data(ctx),
-        _setters(ctx),
     )
 
 
 def context_of(
     request: NodeRequest, attempt: int, on_call: Callable[[TraceEntry], None] | None = None
 ) -> CallbackCtx:
-    """Return the context of another node's process.
-
-    Args:
-        request: What has travelled here.
-        attempt: How often the node's process was started, for the trace.
-        on_call: Called with the trace entry of each call before the call starts.
-    """
+    """Return the context of another node's process; the arguments are those of `Recorder`."""
     ctx = CallbackCtx(
         llm_config=DeferredConfig(functools.partial(pickle.loads, request.config)),
         node=request.node,
@@ -141,12 +113,8 @@ def load_custom_data(packed: dict[str, bytes]) -> dict[str, Any]:
     return {key: pickle.loads(data) for key, data in packed.items()}
 
 
-def pack_custom_data(ctx: CallbackCtx, set_earlier: Setters | None = None) -> dict[str, bytes]:
-    """Pickle ``ctx.custom_data`` key by key.
-
-    Args:
-        ctx: The context.
-        set_earlier: Who set the keys that came with the request.
+def pack_custom_data(ctx: CallbackCtx) -> dict[str, bytes]:
+    """Pickle ``ctx.custom_data`` key by key, so that one that cannot travel is an error naming it.
 
     Raises:
         HookError: A value cannot be pickled; names its key and the callback that set it.
@@ -158,23 +126,13 @@ def pack_custom_data(ctx: CallbackCtx, set_earlier: Setters | None = None) -> di
         try:
             packed[key] = cloudpickle.dumps(value)
         except Exception as error:  # any class can refuse in its own way
-            setters = {**(set_earlier or {}), **_setters(ctx)}
-            callback, hook = setters.get(key, (None, None))
+            setter = ctx.trace.who_changed(f"custom_data.{key}")
             raise HookError(
-                callback=callback,
-                hook=hook,
+                callback=setter.callback if setter else None,
+                hook=setter.hook if setter else None,
                 node=str(ctx.node),
                 phase=Phase.BEFORE_DOWNLOAD,
                 detail=f"ctx.custom_data[{key!r}] cannot be sent to another process: "
                 f"{describe(error)}; store plain data there and keep the object on the callback",
             ) from error
     return packed
-
-
-def _setters(ctx: CallbackCtx) -> Setters:
-    found = {}
-    for key in ctx.custom_data:
-        entry = ctx.trace.who_changed(f"custom_data.{key}")
-        if entry is not None:
-            found[key] = (entry.callback, entry.hook)
-    return found

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from rayserve_hooks.errors import CallbackConfigError, Problems
+from rayserve_hooks.core.validation import Problem, problems_of
+from rayserve_hooks.errors import CallbackConfigError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
+def _seconds(default: float | None, of_what: str) -> Any:
+    description = f"Seconds for {of_what}; null for no limit."
+    return dataclasses.field(
+        default=default, metadata={"description": description, "gt": 0, "strict": True}
+    )
+
+
+# A dataclass of the standard library, of which pydantic reads the metadata: its schema is then
+# built where limits are parsed, and not in each process that imports this file.
 @dataclass(frozen=True)
 class TimeLimits:
     """Limits in seconds; None means none. Downloads have none by default.
@@ -23,12 +37,20 @@ class TimeLimits:
         total: The whole initialization, the wait for the placement group and downloads included.
     """
 
-    on_before_init: float | None = 1800.0
-    on_before_download: float | None = None
-    on_after_init: float | None = 1800.0
-    on_init_failed: float | None = 60.0
-    download: float | None = None
-    total: float | None = None
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic's name for its settings
+
+    on_before_init: float | None = _seconds(1800.0, "all on_before_init callbacks together")
+    on_before_download: float | None = _seconds(
+        None, "all on_before_download callbacks together, on each node"
+    )
+    on_after_init: float | None = _seconds(1800.0, "all on_after_init callbacks together")
+    on_init_failed: float | None = _seconds(
+        60.0, "all on_init_failed callbacks together, in each process"
+    )
+    download: float | None = _seconds(None, "the default download, on each node")
+    total: float | None = _seconds(
+        None, "the whole initialization, the wait for the placement group and downloads included"
+    )
 
     @classmethod
     def parse(cls, values: object) -> TimeLimits:
@@ -40,27 +62,31 @@ class TimeLimits:
         Raises:
             CallbackConfigError: An unknown name, or a value that is no positive number.
         """
+        from pydantic import ValidationError
+
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, Mapping):
             raise CallbackConfigError(
                 f"time_limits is {values!r}; write a mapping from {', '.join(known)} to seconds"
             )
-        problems = Problems()
-        for name, value in values.items():
-            with problems.collected():
-                _check(str(name), value, known)
-        problems.raise_all()
-        return cls(**values)
+        values = {str(name): value for name, value in values.items()}
+        try:
+            return limits_adapter().validate_python(values)
+        except ValidationError as error:
+            problems = [_message(problem) for problem in problems_of(error, known)]
+        raise CallbackConfigError(*problems)
 
 
-def _check(name: str, value: object, known: list[str]) -> None:
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
-        raise CallbackConfigError(f"time_limits has unknown key {name!r}; {hint}")
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise CallbackConfigError(
-            f"time_limits: {name} is {value!r}; write seconds, more than 0, or null for no limit"
-        )
+@functools.cache
+def limits_adapter() -> TypeAdapter[TimeLimits]:
+    """Return pydantic's view of limits that are written as a mapping."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(TimeLimits)
+
+
+def _message(problem: Problem) -> str:
+    if not problem.of_key:
+        text = "write seconds, more than 0, or null for no limit"
+        problem = dataclasses.replace(problem, text=text)
+    return problem.in_config("time_limits")

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayserve_hooks.core.instances import Dumps, Instance, identity
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, no_adapter
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.recorder import snapshot
-from rayserve_hooks.core.suggest import did_you_mean
+from rayserve_hooks.core.validation import Problem, problems_of
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 
-ON_ERROR = ("raise", "warn")
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
 _KEYS = ("callback", "kwargs", "name", "on_error", "only_on_cluster")
 
 DISABLE_VARIABLE = "RAYSERVE_HOOKS_DISABLE"
 """Environment variable: names of callbacks to leave out, separated by commas."""
 
 
+def _described(description: str, **rules: Any) -> dict[str, Any]:
+    return {"description": description, **rules}
+
+
+# A dataclass of the standard library, of which pydantic reads the metadata: its schema is then
+# built where a list is parsed, and not in each process that imports this file.
 @dataclass(frozen=True)
 class CallbackEntry:
     """One item of a callback list: the declarative part, which travels between processes.
 
     The plugin object built from it never does.
 
-    Args:
-        target: What names the callback; see `CallbackStack.parse`.
+    Attributes:
+        callback: What names the callback; see `CallbackStack.parse`.
         kwargs: Constructor arguments; only for a class.
         name: The callback's name in order, trace and errors.
         on_error: ``"raise"`` or ``"warn"``; None means what the deployment's config says.
@@ -40,31 +49,50 @@ class CallbackEntry:
         key: Equal for two entries that ask for the same plugin, in any process.
     """
 
-    target: str | type | Instance
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    name: str = ""
-    on_error: str | None = None
-    only_on_cluster: bool = False
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic's name for its settings
+
+    callback: Any = field(
+        metadata=_described(
+            "'pkg.module:Class', 'pkg.module' or a short name.",
+            json_schema_extra={"type": "string"},
+        )
+    )
+    kwargs: Mapping[str, Any] = field(
+        default_factory=dict, metadata=_described("Arguments of the class's constructor.")
+    )
+    name: str = field(
+        default="",
+        metadata=_described("The callback's name in order, trace and errors.", min_length=1),
+    )
+    on_error: Literal["raise", "warn"] | None = field(
+        default=None,
+        metadata=_described("'warn' logs a failure and goes on, 'raise' ends the initialization."),
+    )
+    only_on_cluster: bool = field(
+        default=False,
+        metadata=_described("Whether it can be imported on the cluster only.", strict=True),
+    )
     key: tuple[str, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        callback = what = self.callback
+        if isinstance(what, Instance):
+            default_name, what = what.class_name, what.identity
+        elif isinstance(what, type):
+            # By identity, not by name: a notebook defines the same class anew with other code.
+            default_name, what = what.__name__, identity(what)
+        else:
+            default_name = callback.replace(":", ".").rpartition(".")[2]
         # Neither what becomes of the config's dicts nor a callback that changes its arguments
         # reaches what travels.
-        object.__setattr__(self, "kwargs", snapshot(dict(self.kwargs)))
-        if not self.name:
-            object.__setattr__(self, "name", _default_name(self.target))
-        # A class by identity, not by name: a notebook defines the same one anew with other code.
-        what = self.target
-        if isinstance(what, Instance):
-            what = what.identity
-        elif isinstance(what, type):
-            what = identity(what)
-        key = (self.name, what, _canonical(self.kwargs), self.on_error or "")
-        object.__setattr__(self, "key", key)
-        if isinstance(self.target, Instance) and self.kwargs:
+        kwargs, name = snapshot(dict(self.kwargs)), self.name or default_name
+        object.__setattr__(self, "kwargs", kwargs)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "key", (name, what, _canonical(kwargs), self.on_error or ""))
+        if isinstance(callback, Instance) and kwargs:
             raise CallbackConfigError(
-                f"callback {self.name!r}: kwargs {sorted(self.kwargs)} given for an instance, "
-                "which is already built; pass the class instead, or drop kwargs"
+                f"callback {name!r}: kwargs {sorted(kwargs)} given for an instance, which is "
+                "already built; pass the class instead, or drop kwargs"
             )
 
     def create(self, adapt: Adapt = no_adapter) -> object:
@@ -74,7 +102,7 @@ class CallbackEntry:
             CallbackConfigError: It cannot be imported or built, or is not a callback.
         """
         try:
-            return build(self.target, snapshot(self.kwargs), adapt)
+            return build(self.callback, snapshot(self.kwargs), adapt)
         except CallbackConfigError as error:
             texts = (self._named(problem) for problem in error.problems)
             raise CallbackConfigError(*texts) from error.__cause__
@@ -93,11 +121,11 @@ class CallbackEntry:
         Raises:
             CallbackConfigError: A value cannot be pickled.
         """
-        instance = isinstance(self.target, Instance)
+        instance = isinstance(self.callback, Instance)
         try:
-            if isinstance(self.target, Instance):
-                self.target.freeze(dumps)
-            dumps((self.target, self.kwargs))
+            if isinstance(self.callback, Instance):
+                self.callback.freeze(dumps)
+            dumps((self.callback, self.kwargs))
         except Exception as error:  # every class can refuse in its own way
             advice = "give plain values as kwargs, and open clients in the hooks"
             if instance:
@@ -113,7 +141,7 @@ class CallbackEntry:
     def __repr__(self) -> str:
         # kwargs' values stay out of logs: they may be secrets.
         kwargs = f" kwargs={sorted(self.kwargs)}" if self.kwargs else ""
-        return f"<callback {self.name!r}: {self.target!s}{kwargs}>"
+        return f"<callback {self.name!r}: {self.callback!s}{kwargs}>"
 
 
 def _canonical(kwargs: Mapping[str, Any]) -> str:
@@ -121,12 +149,6 @@ def _canonical(kwargs: Mapping[str, Any]) -> str:
         return json.dumps(kwargs, sort_keys=True, default=identity)
     except TypeError:  # keys that are no strings
         return repr(sorted((str(name), repr(value)) for name, value in kwargs.items()))
-
-
-def _default_name(target: str | type | Instance) -> str:
-    if isinstance(target, str):
-        return target.replace(":", ".").rpartition(".")[2]
-    return target.class_name if isinstance(target, Instance) else target.__name__
 
 
 @dataclass(frozen=True)
@@ -263,56 +285,66 @@ def _parse_entries(value: object, problems: Problems) -> tuple[CallbackEntry, ..
     return tuple(entries)
 
 
-def _target(value: object) -> str | type | Instance:
+def _parse(item: object, where: str) -> CallbackEntry:
+    from pydantic import ValidationError
+
+    if isinstance(item, CallbackEntry):
+        return item
+    if not isinstance(item, Mapping):
+        rest = "an instance, a module, or a mapping with 'callback'"
+        return CallbackEntry(_callback(item, where, rest))
+    optional = ("callback", "kwargs", "name", "on_error")
+    written = {key: item[key] for key in item if key not in optional or item[key] is not None}
+    if "callback" in written:
+        rest = "an instance or a module"
+        written["callback"] = _callback(item["callback"], f"{where}: callback", rest)
+    try:
+        entry = entry_adapter().validate_python(written)
+    except ValidationError as error:
+        problems = problems_of(error, _KEYS)
+        raise CallbackConfigError(*(_message(p, item, where) for p in problems)) from None
+    if entry.only_on_cluster and not isinstance(entry.callback, str):
+        raise CallbackConfigError(_not_elsewhere(item, where))
+    return entry
+
+
+def _callback(value: object, where: str, rest: str) -> str | type | Instance:
+    if value is None or isinstance(value, bool | int | float | bytes):
+        raise CallbackConfigError(
+            f"{where} is {value!r}; write a string such as 'pkg.module:Class', a class, {rest}"
+        )
     if isinstance(value, ModuleType):
         return value.__name__
     return value if isinstance(value, str | type) else Instance(value)
 
 
-def _parse(item: object, where: str) -> CallbackEntry:
-    if isinstance(item, CallbackEntry):
-        return item
-    if _is_no_callback(item):
-        raise CallbackConfigError(
-            f"{where} is {item!r}; write a string such as 'pkg.module:Class', a class, an "
-            "instance, a module, or a mapping with 'callback'"
+def _message(problem: Problem, item: Mapping[Any, Any], where: str) -> str:
+    if problem.path == "only_on_cluster":
+        return _not_elsewhere(item, where)
+    if problem.path == "kwargs" and not problem.of_key:  # its value may hold a secret
+        return (
+            f"{where}: kwargs is {type(item['kwargs']).__name__}; write a mapping of argument names"
         )
-    if not isinstance(item, Mapping):
-        return CallbackEntry(_target(item))
-    unknown = sorted(set(item) - set(_KEYS), key=str)
-    if unknown:
-        raise CallbackConfigError(
-            f"{where} has unknown key {unknown[0]!r}{did_you_mean(unknown[0], _KEYS)}; "
-            f"known keys: {', '.join(_KEYS)}"
-        )
-    if item.get("callback") is None:
-        raise CallbackConfigError(f"{where} names no callback; add 'callback: pkg.module:Class'")
-    if _is_no_callback(item["callback"]):
-        raise CallbackConfigError(
-            f"{where}: callback is {item['callback']!r}; write a string such as "
-            "'pkg.module:Class', a class, an instance or a module"
-        )
-    name = item.get("name")
-    if name is not None and not (isinstance(name, str) and name):
-        raise CallbackConfigError(f"{where}: name is {name!r}; write a string")
-    kwargs = item.get("kwargs") or {}
-    if not isinstance(kwargs, Mapping):
-        raise CallbackConfigError(
-            f"{where}: kwargs is {type(kwargs).__name__}; write a mapping of argument names"
-        )
-    on_error = item.get("on_error")
-    if on_error is not None and on_error not in ON_ERROR:
-        raise CallbackConfigError(
-            f"{where}: on_error is {on_error!r}; use one of {', '.join(ON_ERROR)}"
-        )
-    elsewhere = item.get("only_on_cluster", False)
-    if not isinstance(elsewhere, bool) or (elsewhere and not isinstance(item["callback"], str)):
-        raise CallbackConfigError(
-            f"{where}: only_on_cluster is {elsewhere!r} for callback {item['callback']!r}; write "
-            "true, and name the callback by a string"
-        )
-    return CallbackEntry(_target(item["callback"]), kwargs, name or "", on_error, elsewhere)
+    if problem.path == "name":
+        return f"{where}: name is {item['name']!r}; write a string"
+    if not problem.path and not problem.of_key:  # of CallbackEntry itself
+        return problem.text
+    if problem.text.startswith("has no"):
+        return f"{where} names no callback; add 'callback: pkg.module:Class'"
+    known = f"; known keys: {', '.join(_KEYS)}" if problem.of_key and not problem.path else ""
+    return problem.in_config(where) + known
 
 
-def _is_no_callback(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | bytes)
+def _not_elsewhere(item: Mapping[Any, Any], where: str) -> str:
+    return (
+        f"{where}: only_on_cluster is {item['only_on_cluster']!r} for callback "
+        f"{item.get('callback')!r}; write true, and name the callback by a string"
+    )
+
+
+@functools.cache
+def entry_adapter() -> TypeAdapter[CallbackEntry]:
+    """Return pydantic's view of an entry that is written as a mapping."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(CallbackEntry)

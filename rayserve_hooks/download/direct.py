@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.download.partials import Span
 from rayserve_hooks.download.stores import RemoteFile, Source
 from rayserve_hooks.errors import describe

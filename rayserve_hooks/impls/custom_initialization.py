@@ -1,10 +1,28 @@
 """Replace the whole node initialization: the model is there already."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import PlainValidator, WithJsonSchema
 
 from rayserve_hooks.context import CallbackCtx, Handled
-from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.core.arguments import checked_arguments
+
+
+def _absolute(path: object) -> Path:
+    if not isinstance(path, str | Path):
+        raise ValueError("write a path")  # noqa: TRY004 - pydantic collects ValueErrors only
+    if not Path(path).is_absolute():
+        raise ValueError("give an absolute path, which means the same in every process")
+    return Path(path)
+
+
+ModelPath = Annotated[
+    str | Path, PlainValidator(_absolute), WithJsonSchema({"type": "string", "pattern": "^/"})
+]
 
 
 class CustomInitialization:
@@ -15,19 +33,18 @@ class CustomInitialization:
     way, take this file as the example.
 
     Args:
-        model_path: The model's folder, the same on every node.
-        required_files: What must be in it, checked on the replica's node.
+        model_path: The model's folder, an absolute path that is the same on every node. Required.
+        required_files: Names of files that must be in it, checked on the replica's node. Default:
+            ``config.json``.
 
     Raises:
-        CallbackConfigError: ``model_path`` is not absolute.
+        CallbackConfigError: An argument is wrong; the message names each one.
     """
 
-    def __init__(self, model_path: str, required_files: Sequence[str] = ("config.json",)) -> None:
-        if not Path(model_path).is_absolute():
-            raise CallbackConfigError(
-                f"CustomInitialization(model_path={model_path!r}): give an absolute path, which "
-                "means the same in every process"
-            )
+    @checked_arguments
+    def __init__(
+        self, model_path: ModelPath, required_files: Sequence[str] = ("config.json",)
+    ) -> None:
         self.model_path = Path(model_path)
         self.required_files = tuple(required_files)
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Strict
 
 from rayserve_hooks.context import CallbackCtx
-from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.core.arguments import checked_arguments
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+
+
+def _not_empty(bundles: Sequence[Bundle]) -> Sequence[Bundle]:
+    if not bundles:
+        raise ValueError("give at least one bundle, such as {'CPU': 1}")
+    return bundles
+
+
+def _amounts(bundle: Mapping[str, float]) -> Mapping[str, float]:
+    amounts = bundle.values()
+    if not any(amounts) or not all(0 <= amount < math.inf for amount in amounts):
+        raise ValueError("write resources and amounts, such as {'CPU': 1}")
+    return bundle
+
+
+Bundle = Annotated[Mapping[str, Annotated[float, Strict()]], AfterValidator(_amounts)]
+Bundles = Annotated[Sequence[Bundle], AfterValidator(_not_empty)]
 
 
 class CustomPlacementGroup:
@@ -23,35 +43,17 @@ class CustomPlacementGroup:
     written, prefer ``LLMConfig(placement_group_config=...)``, which shapes that one.
 
     Args:
-        bundles: The resources of each bundle, such as ``[{"GPU": 1, "CPU": 1}]``.
-        strategy: How Ray spreads the bundles over nodes.
-        name: The group's name in Ray's tables and dashboard.
+        bundles: The resources of each bundle and their amounts, such as ``[{"GPU": 1, "CPU": 1}]``:
+            numbers of devices and cores, or bytes of ``memory``. Required.
+        strategy: How Ray spreads the bundles over nodes. Default: ``"PACK"``.
+        name: The group's name in Ray's tables and dashboard. Default: ``""``, no name.
 
     Raises:
-        CallbackConfigError: No bundle, an empty or negative one, or an unknown strategy.
+        CallbackConfigError: An argument is wrong; the message names each one.
     """
 
-    def __init__(
-        self,
-        bundles: Sequence[Mapping[str, float]],
-        strategy: Strategy = "PACK",
-        name: str = "",
-    ) -> None:
-        if not bundles:
-            raise CallbackConfigError(
-                "CustomPlacementGroup(bundles=[]): give at least one bundle, such as {'CPU': 1}"
-            )
-        for index, bundle in enumerate(bundles):
-            if not isinstance(bundle, Mapping) or not bundle or min(bundle.values()) < 0:
-                raise CallbackConfigError(
-                    f"CustomPlacementGroup(bundles[{index}]={bundle!r}): write resources and "
-                    "amounts, such as {'CPU': 1}"
-                )
-        if strategy not in get_args(Strategy):
-            raise CallbackConfigError(
-                f"CustomPlacementGroup(strategy={strategy!r}): use one of "
-                f"{', '.join(sorted(get_args(Strategy)))}"
-            )
+    @checked_arguments
+    def __init__(self, bundles: Bundles, strategy: Strategy = "PACK", name: str = "") -> None:
         self.bundles = [dict(bundle) for bundle in bundles]
         self.strategy = strategy
         self.name = name

@@ -1,32 +1,49 @@
 """Choose what each node downloads."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import PlainValidator, WithJsonSchema
 
 from rayserve_hooks.context import CallbackCtx, DownloadMode, NodeModelDownloadable
-from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.core.arguments import checked_arguments
+
+Mode = Annotated[
+    DownloadMode,
+    PlainValidator(NodeModelDownloadable.parse),
+    WithJsonSchema({"enum": sorted(NodeModelDownloadable.__members__)}),
+]
 
 
 class DownloadPolicy:
     """Set the download modes: for the replica's own node, the others, and single nodes.
 
+    A mode is one of Ray's four: ``MODEL_AND_TOKENIZER``, ``TOKENIZER_ONLY``,
+    ``EXCLUDE_SAFETENSORS`` or ``NONE``.
+
     Args:
-        local: Mode of the replica's own node; None leaves it as it is.
-        workers: Mode of every other node of the placement group; None leaves it as it is.
+        local: Mode of the replica's own node. Default: None, which leaves it as it is.
+        workers: Mode of every other node of the placement group. Default: None, which leaves it as
+            it is.
         nodes: Modes of single nodes, by node id or IP address; they win over the two above.
+            Default: None, for no single node.
 
     Raises:
-        CallbackConfigError: A mode is none of Ray's four; names the argument.
+        CallbackConfigError: An argument is wrong; the message names each one.
     """
 
+    @checked_arguments
     def __init__(
         self,
-        local: DownloadMode | None = None,
-        workers: DownloadMode | None = None,
-        nodes: Mapping[str, DownloadMode] | None = None,
+        local: Mode | None = None,
+        workers: Mode | None = None,
+        nodes: Mapping[str, Mode] | None = None,
     ) -> None:
-        self.local = _mode("local", local)
-        self.workers = _mode("workers", workers)
-        self.nodes = {name: _mode(f"nodes[{name!r}]", mode) for name, mode in (nodes or {}).items()}
+        self.local = local
+        self.workers = workers
+        self.nodes = dict(nodes or {})
 
     def on_before_init(self, ctx: CallbackCtx) -> None:
         if self.local is not None:
@@ -42,12 +59,3 @@ class DownloadPolicy:
             ctx.local_node_download_model = mode
         else:
             ctx.worker_node_download_model = mode
-
-
-def _mode(argument: str, value: DownloadMode | None) -> NodeModelDownloadable | None:
-    if value is None:
-        return None
-    try:
-        return NodeModelDownloadable.parse(value)
-    except ValueError as error:
-        raise CallbackConfigError(f"DownloadPolicy({argument}=...): {error}") from None

@@ -6,10 +6,12 @@ from collections.abc import Generator
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx
-from rayserve_hooks.core.log import LOGGER_NAME
+from rayserve_hooks.core.arguments import checked_arguments
 from rayserve_hooks.hookspecs import hookimpl
 
-logger = logging.getLogger(LOGGER_NAME)
+# A child of Ray Serve's logger: in a replica only that one is set up to write INFO lines to the
+# replica's own log file (ray.serve._private.logging_utils, Ray 2.60).
+logger = logging.getLogger("ray.serve.rayserve_hooks")
 
 METRIC = "rayserve_hooks_phase_seconds"
 _BOUNDARIES_S = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
@@ -31,9 +33,13 @@ class StartupMetrics:
     - ``after_init``: the ``on_after_init`` callbacks.
     - ``total``: all of it.
 
-    List it first: a wrapper that comes first surrounds all other callbacks.
+    List it first: a wrapper that comes first surrounds all other callbacks. It takes no arguments.
+
+    Raises:
+        CallbackConfigError: An argument is given.
     """
 
+    @checked_arguments
     def __init__(self) -> None:
         self._started = 0.0
         self._prepared = 0.0

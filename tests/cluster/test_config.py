@@ -110,9 +110,8 @@ def test_an_instance_that_cannot_travel() -> None:
     with pytest.raises(
         ValidationError,
         match="callback 'Callback' cannot be sent to another process: TypeError: its attribute "
-        "'stream', a generator, cannot: cannot pickle 'generator' object; and it cannot be made "
-        r"again there: Callback\(\) does not make it; name the class with kwargs instead of an "
-        "instance",
+        "'stream', a generator: cannot pickle 'generator' object; name the class with kwargs and "
+        "open such things in its hooks, or leave them out in __getstate__",
     ):
         make(model_id="m", callback=callback)
 

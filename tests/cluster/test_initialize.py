@@ -6,7 +6,6 @@ What needs Ray is imported inside the functions: collecting these tests must sta
 from __future__ import annotations
 
 import asyncio
-import importlib
 import io
 import itertools
 import logging
@@ -24,6 +23,7 @@ from plugins_for_tests import hook_log
 
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, Handled, HookError
+from rayserve_hooks.cluster import placement, supervision
 from rayserve_hooks.errors import CallbackConfigError
 
 if TYPE_CHECKING:
@@ -77,10 +77,9 @@ def store(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def busy_log(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[pytest.LogCaptureFixture]:
-    """Give the log, which tells ten times a second what is still running."""
-    # By its name: the package has a function of the same.
-    module = importlib.import_module("rayserve_hooks.cluster.initialize")
-    monkeypatch.setattr(module, "_LOG_EVERY_S", 0.1)
+    """Return the log, which says ten times a second what is still running."""
+    for module in (placement, supervision):
+        monkeypatch.setattr(module, "_LOG_EVERY_S", 0.1)
     with hook_log(caplog):
         yield caplog
 

@@ -74,6 +74,11 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aio, "_GIVE_UP_S", 0.01)
 
 
+@pytest.fixture
+def _attentive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_POLL_S", 0.01)
+
+
 def test_background_tasks_run_beside_each_other_and_the_next_hook() -> None:
     together = threading.Barrier(4)
 
@@ -183,6 +188,7 @@ def test_a_failed_background_task_names_callback_hook_and_task(function: Any) ->
     assert calls(ctx)[1] == ("A", function.__name__, "failed")
 
 
+@pytest.mark.usefixtures("_attentive")
 def test_a_failed_background_task_ends_the_chain_and_the_other_tasks() -> None:
     ctx = make_ctx()
 
@@ -220,6 +226,7 @@ def test_a_failed_background_task_ends_the_chain_and_the_other_tasks() -> None:
     assert [call[0] for call in calls(ctx)] == ["Waits"] * 3
 
 
+@pytest.mark.usefixtures("_attentive")
 def test_a_failed_chain_ends_its_background_tasks() -> None:
     async def main() -> None:
         waiting, cleaned = asyncio.Event(), asyncio.Event()
@@ -487,6 +494,7 @@ def test_a_clean_up_that_blocks_for_ever_is_given_up(release: threading.Event) -
     assert ctx.custom_data["cleaned"] == ["B"]
 
 
+@pytest.mark.usefixtures("_impatient")
 def test_a_clean_up_after_a_hook_that_was_given_up(release: threading.Event) -> None:
     def blocks(ctx: CallbackCtx) -> None:
         release.wait()

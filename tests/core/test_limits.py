@@ -1,8 +1,12 @@
 import dataclasses
+import pickle
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.limits import TimeLimits
@@ -56,7 +60,7 @@ def test_an_unlike_name_gets_the_list_of_names(name: object) -> None:
         TimeLimits.parse({name: 60})
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True, False, "60", [60], float("nan")])
+@pytest.mark.parametrize("wrong", [0, -1, True, False, "60", "inf", [60], {"s": 1}, float("nan")])
 def test_a_value_that_is_no_positive_number(wrong: object) -> None:
     with refused(
         f"time_limits: total is {wrong!r}; write seconds, more than 0, or null for no limit"
@@ -71,3 +75,35 @@ def test_all_problems_are_reported_together() -> None:
         "time_limits: total is 0",
         "time_limits has unknown key 'downlod'",
     ]
+
+
+def test_nothing_is_converted_on_the_way() -> None:
+    limits = TimeLimits.parse({"total": 60, "download": None})
+    assert (limits.total, limits.download) == (60.0, None)
+
+
+def test_limits_are_values() -> None:
+    limits = TimeLimits.parse({"total": 60})
+    assert {limits: 1}[TimeLimits(total=60)] == 1
+    assert TimeLimits(1, 2, 3, 4, 5, 6).total == 6
+    assert pickle.loads(pickle.dumps(limits)) == limits
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        limits.total = 7  # type: ignore[misc]
+
+
+def test_the_json_schema_names_each_limit_and_its_unit() -> None:
+    schema = TypeAdapter(TimeLimits).json_schema()
+    assert ", ".join(schema["properties"]) == NAMES
+    assert schema["additionalProperties"] is False
+    for field in schema["properties"].values():
+        assert re.fullmatch(r"Seconds for .*; null for no limit\.", field["description"])
+        assert field["anyOf"] == [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}]
+    assert schema["properties"]["on_init_failed"]["default"] == 60.0
+
+
+def test_importing_them_builds_no_schema() -> None:
+    program = (
+        "import sys, rayserve_hooks.core.limits\n"
+        "assert 'pydantic._internal._generate_schema' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -84,7 +84,7 @@ def test_a_submodule_is_found_beside_attributes_of_its_package(write_module: Wri
 def test_a_module_object_travels_by_name(write_module: WriteModule) -> None:
     write_module("fetch_module", HOOK_SOURCE)
     entry = one(importlib.import_module("fetch_module"))
-    assert entry.target == "fetch_module"
+    assert entry.callback == "fetch_module"
     assert entry.create() is sys.modules["fetch_module"]
 
 

@@ -1,4 +1,6 @@
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,3 +40,31 @@ RELATIVE = (
 def test_a_relative_path_is_refused() -> None:
     with pytest.raises(CallbackConfigError, match=RELATIVE):
         CustomInitialization("models/x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"model_path": "/x", "required_files": "config.json"},
+            "(required_files='config.json'): write a list, even of one item",
+        ),
+        ({"model_path": "/x", "required_files": ["a", 1]}, "(required_files[1]=1): write a string"),
+        ({"model_path": "/x", "required_files": 7}, "(required_files=7): write a list"),
+        ({"model_path": 7}, "(model_path=7): write a path"),
+        ({"model_path": ""}, "(model_path=''): give an absolute path, which means the same"),
+        ({}, " has no argument 'model_path'; add it"),
+        (
+            {"model_path": "/x", "required_file": []},
+            " has unknown argument 'required_file'; did you mean 'required_files'?",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(CallbackConfigError, match=f"^CustomInitialization{re.escape(text)}"):
+        CustomInitialization(**arguments)
+
+
+def test_a_path_is_as_good_as_its_text(tmp_path: Path) -> None:
+    assert CustomInitialization(tmp_path).model_path == tmp_path
+    assert CustomInitialization(str(tmp_path)).model_path == tmp_path

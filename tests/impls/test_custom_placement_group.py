@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 import pytest
@@ -20,11 +21,43 @@ from rayserve_hooks.impls.custom_placement_group import CustomPlacementGroup
             {"bundles": [{"CPU": 1}], "strategy": "SPRAED"},
             r"strategy='SPRAED'\): use one of PACK, SPREAD, STRICT_PACK, STRICT_SPREAD",
         ),
+        (
+            {"bundles": [{"CPU": "1"}]},
+            r"^CustomPlacementGroup\(bundles\[0\]\['CPU'\]='1'\): write a n",
+        ),
+        ({"bundles": [{"GPU": True}]}, r"\(bundles\[0\]\['GPU'\]=True\): write a number$"),
+        ({"bundles": [{"CPU": 1}, "GPU"]}, r"\(bundles\[1\]='GPU'\): write a mapping$"),
+        ({"bundles": {"CPU": 1}}, r"\(bundles=\{'CPU': 1\}\): write a list$"),
+        ({"bundles": "CPU"}, r"\(bundles='CPU'\): write a list, even of one item$"),
+        ({"bundles": [{1: 1}]}, r"Group\(bundles\[0\]\) has key 1; write a string$"),
+        ({"bundles": [{"CPU": 0}]}, r"bundles\[0\]=\{'CPU': 0\}\): write resources and amounts"),
+        ({"bundles": [{"CPU": math.nan}]}, r"\[0\]=\{'CPU': nan\}\): write resources and amounts"),
+        ({"bundles": [{"CPU": math.inf}]}, r"\[0\]=\{'CPU': inf\}\): write resources and amounts"),
+        ({"bundles": [{"CPU": 1}], "name": 7}, r"CustomPlacementGroup\(name=7\): write a string$"),
+        ({"strategy": "PACK"}, r"^CustomPlacementGroup has no argument 'bundles'; add it$"),
+        (
+            {"bundles": [{"CPU": 1}], "stratgy": "PACK"},
+            r"^CustomPlacementGroup has unknown argument 'stratgy'; did you mean 'strategy'\?$",
+        ),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(CallbackConfigError, match=text):
         CustomPlacementGroup(**arguments)
+
+
+def test_all_wrong_arguments_are_reported_together() -> None:
+    with pytest.raises(CallbackConfigError, match=r"^3 problems:") as caught:
+        CustomPlacementGroup([{}, {"CPU": "1"}], "SPRAED")  # type: ignore[dict-item, arg-type]
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "CustomPlacementGroup(bundles[0]={})",
+        "CustomPlacementGroup(bundles[1]['CPU']='1')",
+        "CustomPlacementGroup(strategy='SPRAED')",
+    ]
+
+
+def test_bundles_as_yaml_and_as_python_write_them() -> None:
+    assert CustomPlacementGroup(({"CPU": 1, "GPU": 0.5},)).bundles == [{"CPU": 1, "GPU": 0.5}]
 
 
 @pytest.mark.ray

@@ -1,3 +1,7 @@
+import enum
+import re
+from typing import Any
+
 import pytest
 
 from rayserve_hooks import CallbackCtx, NodeModelDownloadable
@@ -41,3 +45,42 @@ def test_single_nodes_by_id_or_address(key: str, node: NodeInfo) -> None:
 def test_a_wrong_mode_names_the_argument() -> None:
     with pytest.raises(CallbackConfigError, match=r"DownloadPolicy\(nodes\['n2'\]=...\): 'ALL' is"):
         DownloadPolicy(nodes={"n2": "ALL"})
+
+
+MODES = "use one of EXCLUDE_SAFETENSORS, MODEL_AND_TOKENIZER, NONE, TOKENIZER_ONLY"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"nodes": ["x"]}, "(nodes=['x']): write a mapping"),
+        ({"nodes": "x"}, "(nodes='x'): write a mapping"),
+        ({"nodes": {10: "NONE"}}, "(nodes) has key 10; write a string"),
+        ({"nodes": {"n2": None}}, f"(nodes['n2']=...): None is not a download mode; {MODES}"),
+        ({"local": True}, f"(local=...): True is not a download mode; {MODES}"),
+        ({"workers": ["NONE"]}, f"(workers=...): ['NONE'] is not a download mode; {MODES}"),
+        ({"lokal": "NONE"}, " has unknown argument 'lokal'; did you mean 'local'?"),
+        ({"zzz": "NONE"}, " has unknown argument 'zzz'; use one of local, nodes, workers"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(CallbackConfigError, match=f"^DownloadPolicy{re.escape(text)}$"):
+        DownloadPolicy(**arguments)
+
+
+def test_all_wrong_arguments_are_reported_together() -> None:
+    with pytest.raises(CallbackConfigError, match=r"^3 problems:") as caught:
+        DownloadPolicy(local="ALL", nodes={"n2": "NONE", "n3": "all"}, zzz=1)  # type: ignore[call-arg]
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "DownloadPolicy(local=...)",
+        "DownloadPolicy(nodes['n3']=...)",
+        "DownloadPolicy has unknown argument 'zzz'; use one of local, nodes, workers",
+    ]
+
+
+def test_a_member_is_as_good_as_its_name() -> None:
+    class Mode(enum.Enum):  # as Ray's own
+        NONE = "NONE"
+
+    policy = DownloadPolicy(local=Mode.NONE, workers=NodeModelDownloadable.NONE)
+    assert policy.local is policy.workers is NodeModelDownloadable.NONE

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 import rayserve_hooks
+from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.impls import startup_metrics
+from rayserve_hooks.impls.startup_metrics import StartupMetrics
 
 
 @pytest.mark.ray
@@ -29,3 +32,19 @@ def test_the_log_line_has_every_phase(ray_cluster: Any, caplog: pytest.LogCaptur
         caplog.text,
         re.MULTILINE,
     )
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        ((), {"buckets": [1]}, " has unknown argument 'buckets'; drop it"),
+        ((), {"kwargs": {}, "name": "m"}, " has unknown argument 'name'; drop it"),
+    ],
+)
+def test_it_takes_no_arguments(args: Any, kwargs: dict[str, Any], text: str) -> None:
+    with pytest.raises(CallbackConfigError, match=f"StartupMetrics{text}$"):
+        StartupMetrics(*args, **kwargs)
+
+
+def test_its_lines_reach_the_log_file_of_a_replica() -> None:
+    assert startup_metrics.logger.name.startswith("ray.serve.")

@@ -1,0 +1,61 @@
+"""The JSON Schema of a Serve config file, for editors: what may stand in a callback list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayserve_hooks.cluster import _ray
+from rayserve_hooks.core.arguments import arguments_model
+from rayserve_hooks.core.limits import limits_adapter
+from rayserve_hooks.core.loading import short_names
+from rayserve_hooks.core.stack import entry_adapter
+
+_SHIPPED = "rayserve_hooks.impls."
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the schema; ``$defs`` has ``callbacks``, the list by itself.
+
+    What is Ray's is left open. Of shipped callbacks the arguments are described, too; nothing
+    else that is installed is imported.
+    """
+    entry = entry_adapter().json_schema(mode="validation")
+    shipped = [name for name, ep in sorted(short_names().items()) if ep.value.startswith(_SHIPPED)]
+    entry["allOf"] = [_arguments_of(name) for name in shipped]
+    names = {"type": "string", "examples": sorted(short_names())}
+    ours = {"properties": {"callback_class": {"enum": [_ray.HOOKS_CALLBACK]}}}
+    kwargs = {
+        "type": "object",
+        "properties": {
+            "callbacks": {"$ref": "#/$defs/callbacks"},
+            "time_limits": limits_adapter().json_schema(mode="validation"),
+        },
+        "additionalProperties": False,
+    }
+    llm_config = _inside("callback_config")
+    llm_config["properties"]["callback_config"] = {
+        "if": {**ours, "required": ["callback_class"]},
+        "then": {"properties": {"callback_kwargs": kwargs}},
+    }
+    args = _inside("llm_configs")
+    args["properties"]["llm_configs"] = {"items": llm_config}
+    application = {"type": "object", "properties": {"args": args}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A Ray Serve config file with rayserve_hooks callbacks",
+        "type": "object",
+        "properties": {"applications": {"type": "array", "items": application}},
+        "$defs": {"callbacks": {"type": "array", "items": {"anyOf": [names, entry]}}},
+    }
+
+
+def _inside(name: str) -> dict[str, Any]:
+    return {"type": ["object", "string"], "properties": {name: {}}}
+
+
+def _arguments_of(name: str) -> dict[str, Any]:
+    """Return the rule for the arguments of a shipped callback."""
+    cls = short_names()[name].load()
+    kwargs = arguments_model(cls.__init__.__wrapped__).model_json_schema(mode="validation")
+    this = {"properties": {"callback": {"const": name}}, "required": ["callback"]}
+    return {"if": this, "then": {"properties": {"kwargs": kwargs}}}
