@@ -152,8 +152,8 @@ def test_limits_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["order", write_config(tmp_path, [], time_limits=limits)]) == 1
     assert capsys.readouterr().err == (
         "rayserve-hooks: 2 problems:\n"
-        "- app/m0: time_limits has unknown key 'downlod'; did you mean 'download'?\n"
         "- app/m0: time_limits: total is 0; write seconds, more than 0, or null for no limit\n"
+        "- app/m0: time_limits has unknown key 'downlod'; did you mean 'download'?\n"
     )
 
 

@@ -301,7 +301,9 @@ def _parse(item: object, where: str) -> CallbackEntry:
     try:
         entry = entry_adapter().validate_python(written)
     except ValidationError as error:
-        problems = problems_of(error, _KEYS)
+        problems = list(problems_of(error, _KEYS))
+        if len(problems) > 1:  # a misspelt 'callback' is one problem, not two
+            problems = [problem for problem in problems if not problem.text.startswith("has no")]
         raise CallbackConfigError(*(_message(p, item, where) for p in problems)) from None
     if entry.only_on_cluster and not isinstance(entry.callback, str):
         raise CallbackConfigError(_not_elsewhere(item, where))
