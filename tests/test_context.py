@@ -196,34 +196,34 @@ def test_writing_a_misspelt_field_suggests_the_right_one() -> None:
     ctx = make_ctx()
     text = "CallbackCtx has no field 'runtime_envs'; did you mean 'runtime_env'?"
     with pytest.raises(AttributeError, match=f"^{re.escape(text)}$"):
-        ctx.runtime_envs = {}
+        ctx.runtime_envs = {}  # type: ignore[attr-defined]
 
 
 def test_reading_a_misspelt_field_suggests_the_right_one() -> None:
     text = "CallbackCtx has no field 'custom_date'; did you mean 'custom_data'?"
     with pytest.raises(AttributeError, match=f"^{re.escape(text)}$"):
-        _ = make_ctx().custom_date
+        _ = make_ctx().custom_date  # type: ignore[attr-defined]
 
 
 def test_an_unlike_field_gets_the_list_of_fields() -> None:
     text = "CallbackCtx has no field 'zzz'; use one of local_node_download_model, worker_node"
     with pytest.raises(AttributeError, match=f"^{re.escape(text)}"):
-        _ = make_ctx().zzz
+        _ = make_ctx().zzz  # type: ignore[attr-defined]
 
 
 class MisspeltWrite:
     def on_before_init(self, ctx: CallbackCtx) -> None:
-        ctx.runtime_envs = {}
+        ctx.runtime_envs = {}  # type: ignore[attr-defined]
 
 
 class MisspeltRead:
     def on_before_init(self, ctx: CallbackCtx) -> None:
-        _ = ctx.runtime_envs
+        _ = ctx.runtime_envs  # type: ignore[attr-defined]
 
 
 class WrongValue:
     def on_before_init(self, ctx: CallbackCtx) -> None:
-        ctx.local_node_download_model = "ALL"
+        ctx.local_node_download_model = "ALL"  # type: ignore[assignment]
 
 
 class ReadOnlyWrite:
@@ -255,7 +255,7 @@ def test_after_a_callback_the_error_names_it_no_longer() -> None:
     ctx = make_ctx()
     make_manager(Good).hook.on_before_init(ctx=ctx)
     with pytest.raises(AttributeError, match=r"^CallbackCtx has no field 'zzz'"):
-        _ = ctx.zzz
+        _ = ctx.zzz  # type: ignore[attr-defined]
 
 
 def test_repr_shows_keys_but_no_values_of_dicts() -> None:

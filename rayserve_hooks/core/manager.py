@@ -120,8 +120,10 @@ class PluginManager(pluggy.PluginManager):
     def registered(self, plugin: Any) -> RegisteredCallback | None:
         """Return the `RegisteredCallback` of a callback or of itself; None if there is none."""
         for _, found in self.list_name_plugin():
-            if found is not None and (found is plugin or found.callback is plugin):
-                return found  # type: ignore[no-any-return]
+            if not isinstance(found, RegisteredCallback):
+                continue  # a blocked name
+            if found is plugin or found.callback is plugin:
+                return found
         return None
 
     # pluggy compares with ``==``, which would run what is not registered; so only ours go there.

@@ -232,7 +232,7 @@ def test_a_wrapper_must_yield_once(run: Callable[[CallbackCtx], Wrapping]) -> No
 def test_after_the_yield_errors_of_the_context_name_the_wrapper() -> None:
     def misspells(ctx: CallbackCtx) -> Wrapping:
         yield
-        ctx.runtime_envs = {}
+        ctx.runtime_envs = {}  # type: ignore[attr-defined]
 
     with pytest.raises(HookError, match="callback 'W': CallbackCtx has no field 'runtime_envs'"):
         call(wraps(misspells), step("a"))

@@ -4,7 +4,8 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import plugins_for_tests
@@ -12,6 +13,7 @@ import pytest
 from plugins_for_tests import Outer, Plain, Strict, one, refused, sent
 
 from rayserve_hooks.context import CallbackCtx
+from rayserve_hooks.core.loading import short_names
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.errors import CallbackConfigError
 
@@ -29,6 +31,46 @@ HOOK_SOURCE = """
 def on_before_init(ctx):
     ctx.custom_data["module"] = __name__
 """
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WriteModule]:
+    """Write an importable module: its name and source."""
+    monkeypatch.syspath_prepend(tmp_path)
+    written = []
+
+    def write(name: str, source: str) -> None:
+        *parents, last = name.split(".")
+        folder = tmp_path.joinpath(*parents)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(len(parents)):
+            tmp_path.joinpath(*parents[: i + 1], "__init__.py").touch()
+        (folder / f"{last}.py").write_text(source)
+        importlib.invalidate_caches()
+        written.append(name)
+
+    yield write
+    for name in written:
+        for loaded in [m for m in sys.modules if f"{m}.".startswith(name.partition(".")[0] + ".")]:
+            del sys.modules[loaded]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Install a distribution that registers entry points of our group."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(lines: str) -> None:
+        info = tmp_path / "fetchers-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fetchers\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[rayserve_hooks]\n{lines}\n")
+        importlib.invalidate_caches()
+        short_names.cache_clear()
+
+    yield write
+    monkeypatch.undo()
+    short_names.cache_clear()
 
 
 def create(callback: object) -> Any:
@@ -95,6 +137,13 @@ def test_a_short_name_is_an_entry_point(
     install("fetch = fetch_module:Fetch")
     assert type(create("fetch")).__name__ == "Fetch"
     assert one("fetch").name == "fetch"
+
+
+def test_a_callback_that_is_only_on_the_cluster_is_found_there(write_module: WriteModule) -> None:
+    stack = sent(CallbackStack.parse([{"callback": "only_there:Fetch", "only_on_cluster": True}]))
+    write_module("only_there", PLUGIN_SOURCE)
+    ((_, plugin),) = stack.build()
+    assert type(plugin).__name__ == "Fetch"
 
 
 def test_an_installed_callback_that_nobody_names_is_not_imported(

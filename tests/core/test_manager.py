@@ -278,7 +278,8 @@ def test_options_of_static_and_class_methods_order_them() -> None:
 def test_a_callback_of_a_stack_is_shown_by_the_same_rule() -> None:
     instance = Plain()
     manager = make_manager("plugins_for_tests:ready_made", instance, Slots)
-    plugins = {name: plugin.callback for name, plugin in manager.list_name_plugin()}
+    found: list[tuple[str, Any]] = manager.list_name_plugin()
+    plugins = {name: plugin.callback for name, plugin in found}
     assert plugins["Plain"] is instance
     assert {name: type(callback) for name, callback in plugins.items()} == {
         "ready_made": Plain,

@@ -451,7 +451,7 @@ def test_a_snapshot_copies_plain_containers_and_nothing_in_them() -> None:
         pass
 
     held, special = object(), Special(a=1)
-    value = {"list": [[held]], "special": special, "tuple": ([],)}
+    value: dict[str, Any] = {"list": [[held]], "special": special, "tuple": ([],)}
     copy = snapshot(value)
     assert copy == value
     assert copy["list"][0] is not value["list"][0]

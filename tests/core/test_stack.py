@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import pickle
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,15 +133,6 @@ def test_a_callback_that_is_only_on_the_cluster_is_not_imported_to_check_it() ->
         ("Plain", False),
     ]
     assert [entry.name for entry, _ in stack.here().build()] == ["Plain"]
-
-
-def test_a_callback_that_is_only_on_the_cluster_is_found_there(
-    write_module: Callable[[str, str], None],
-) -> None:
-    stack = sent(CallbackStack.parse([ABSENT]))
-    write_module("only_there", "class Fetch:\n    def on_before_init(self, ctx): ...\n")
-    ((_, plugin),) = stack.build()
-    assert type(plugin).__name__ == "Fetch"
 
 
 def test_what_is_wrong_with_it_is_found_there() -> None:

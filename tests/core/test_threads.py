@@ -367,7 +367,7 @@ def test_inside_an_async_callback_the_context_names_it() -> None:
     class Typo:
         async def on_before_init(self, ctx: CallbackCtx) -> None:
             await asyncio.sleep(0)
-            ctx.runtime_envs = {}
+            ctx.runtime_envs = {}  # type: ignore[attr-defined]
 
     with pytest.raises(HookError, match="callback 'Typo': CallbackCtx has no field"):
         make_manager(Typo).hook.on_before_init(ctx=make_ctx())
