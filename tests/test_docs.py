@@ -31,6 +31,7 @@ CONSOLE = {
     "make bench",  # by hand, for an hour; test_the_page_of_benchmarks_is_made_of_the_results
     "make test",  # what .ci/run ends with
     ".venv/bin/rayserve-hooks order examples/serve_config.yaml --app-dir examples",  # test_cli.py
+    ".venv/bin/rayserve-hooks schema > serve_schema.json",  # tests/cluster/test_schema.py
     ".venv/bin/python examples/quick_start.py",  # tests/test_end_to_end.py
     ".venv/bin/ray start --head --num-cpus 4",  # Ray's own
     "PYTHONPATH=examples .venv/bin/serve run examples/serve_config.yaml",  # likewise
