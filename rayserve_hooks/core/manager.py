@@ -43,7 +43,7 @@ class RegisteredCallback:
         functions: Mapping[str, tuple[_pluggy.HookFunction, pluggy.HookimplOpts]],
     ) -> None:
         for attribute, (function, options) in functions.items():
-            # By specname too: that is where `subset_hook_caller` looks whether it has the hook.
+            # By specname too: pluggy 1.6 asks for the hook's name whether a plugin has the hook.
             vars(self).setdefault(options.get("specname") or attribute, None)
             vars(self)[attribute] = function
         self.callback = callback

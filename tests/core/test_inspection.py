@@ -1,13 +1,14 @@
 """Which hooks a callback has, what is wrong with them, and that nothing of it runs."""
 
 import functools
+import pickle
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from plugins_for_tests import make_ctx, make_manager, one, parse_callbacks, refused
+from plugins_for_tests import make_ctx, make_manager, make_stack, one, parse_callbacks, refused
 from pydantic import BaseModel, computed_field
 from steps import call
 
@@ -426,6 +427,14 @@ def test_nothing_of_a_callback_runs_when_a_config_is_made_and_a_manager_is_built
         assert hook_problems(entry.create()) == []
     assert make_manager(*stack).run_order()["on_before_init"] == ["a", "b"]
     assert RAN == []
+
+
+@pytest.mark.parametrize("cls", [WatchedPlain, WatchedSlots, WatchedDataclass, WatchedModel])
+def test_no_property_of_an_instance_runs_when_it_is_pickled_for_its_journey(cls: type) -> None:
+    stack = make_stack(cls())
+    stack.freeze(pickle.dumps)
+    # Pickle itself asks for special methods and slots that are not there, which __getattr__ sees.
+    assert [ran for ran in RAN if not ran.startswith("__getattr__(")] == []
 
 
 def test_nothing_of_a_callback_runs_when_it_is_looked_up() -> None:
