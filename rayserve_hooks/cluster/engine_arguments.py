@@ -27,7 +27,7 @@ class Environment:
         self._ctx = ctx
         self._known = dict(ctx.runtime_env.get("env_vars") or {})
 
-    def export(self) -> None:
+    def export(self, phase: Phase) -> None:
         """Set and unset what callbacks have changed since the last time.
 
         Raises:
@@ -43,7 +43,7 @@ class Environment:
                 except (TypeError, ValueError) as error:
                     path = f"runtime_env.env_vars.{name}"
                     detail = describe(error)
-                    raise step_error(self._ctx, Phase.BEFORE_INIT, detail, path) from error
+                    raise step_error(self._ctx, phase, detail, path) from error
         self._known = now
 
 

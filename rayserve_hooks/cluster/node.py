@@ -12,6 +12,7 @@ from rayserve_hooks.cluster.download_stage import download_caller
 from rayserve_hooks.cluster.travel import ModelSource
 from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.core import threads
+from rayserve_hooks.core.failures import step_error
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.core.running import call_hook, time_limit
@@ -64,7 +65,7 @@ async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) 
     except HookError:
         raise
     except Exception as error:
-        raise HookError(node=str(ctx.node), phase=Phase.DOWNLOAD, detail=describe(error)) from error
+        raise step_error(ctx, Phase.DOWNLOAD, describe(error)) from error
 
 
 def _mode_field(node: NodeInfo) -> str:

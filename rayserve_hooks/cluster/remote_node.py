@@ -44,6 +44,7 @@ class RemoteNode:
         self._earlier: list[TraceEntry] = []  # of processes that were killed
         self._killed_in: TraceEntry | None = None
         self._calls: list[TraceEntry] = []
+        self._taken = 0
         self._actor: Any = None
         self._initializing = asyncio.ensure_future(self._initialize())
 
@@ -57,12 +58,14 @@ class RemoteNode:
         calls = reversed(self._calls)
         return next((c for c in calls if c.outcome == "running" and not c.background), None)
 
-    @property
-    def trace(self) -> list[TraceEntry]:
-        """The calls made there, in order.
+    def take_trace(self) -> list[TraceEntry]:
+        """Return the calls made there, in order, without those returned before."""
+        calls = self._all_calls()[self._taken :]
+        self._taken += len(calls)
+        return calls
 
-        One of which the end was never heard, because its process was stopped, is interrupted.
-        """
+    def _all_calls(self) -> list[TraceEntry]:
+        """One of which the end was never heard, because its process was stopped, is interrupted."""
         calls = [*self._earlier, *self._calls]
         for call in calls:
             if call.outcome == "running":
@@ -92,7 +95,7 @@ class RemoteNode:
             except RayError as error:
                 self._actor, problem = None, error
                 self._killed_in = self.running or self._killed_in
-                self._earlier, self._calls = self.trace, []
+                self._earlier, self._calls = self._all_calls(), []
             else:
                 self._calls = self.reply.trace
                 return self.reply
@@ -177,16 +180,15 @@ class RemoteNode:
         from ray.exceptions import RayError, RayTaskError
 
         limit = self._request.stack.time_limits.on_init_failed
-        started: list[str] = []
         if not await self._stopped():
             if not manager_of(self._request.stack).run_order()[CLEAN_UP]:
                 return CleanUp([], [])
             request = self._request
             if self.reply is not None:
                 request = replace(request, custom_data=self.reply.custom_data)
-            self._earlier, self._calls = self.trace, []
-            started = sorted({call.callback for call in self._earlier})
+            self._earlier, self._calls = self._all_calls(), []
             self._actor = self._start(request, _ATTEMPTS)
+        started = sorted({call.callback for call in self._earlier})
         try:
             outcome: CleanUp = await asyncio.wait_for(
                 _answer(self._actor.clean_up.remote(error, started)),

@@ -112,7 +112,7 @@ class Initialization:
         try:
             failures = await asyncio.gather(*(node.clean_up(error) for node in self.others))
             for node in self.others:
-                self.ctx.trace.extend(node.trace)
+                self.ctx.trace.extend(node.take_trace())
             here = await clean_up(self.manager, self.ctx, error)
             if isinstance(error, HookError):
                 error.cleanup_errors.extend([*itertools.chain(*failures), *here])

@@ -66,6 +66,8 @@ def _construct(cls: type, kwargs: Mapping[str, Any], adapt: Adapt) -> object:
         return adapted
     try:
         return cls(**kwargs)
+    except CallbackConfigError:
+        raise
     except Exception as error:  # a constructor may refuse with any exception
         reason = redact(describe(error), kwargs)
         raise CallbackConfigError(
