@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from rayserve_hooks.context import NodeModelDownloadable
-from rayserve_hooks.download import checksums, heads, partials, progress, stores, transfer
+from rayserve_hooks.download import caller, checksums, partials, stores, transfer
 from rayserve_hooks.download.caller import Caller
 from rayserve_hooks.download.model import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
@@ -264,10 +264,10 @@ def test_a_small_file_that_arrives_damaged_is_fetched_again(
 def test_a_stream_ends_in_mid_file_once_another_has_failed(server: s3.Server) -> None:
     source = stores.open_source(URI)
     (weights,) = [file for path, file in source.list_files().items() if path == WEIGHTS]
-    counted = progress.Progress(URI, weights.size, 0, source.caller)
+    counted = caller.Progress(URI, weights.size, 0, source.caller)
     received: list[int] = []
     with ThreadPoolExecutor() as pool:
-        running = transfer._Transfer(heads.Heads(source), pool, counted, lambda *_: None)
+        running = transfer._Transfer(checksums.Heads(source), pool, counted, lambda *_: None)
 
         def fail_elsewhere(offset: int, chunk: memoryview) -> None:
             received.append(len(chunk))
@@ -368,7 +368,7 @@ class TestVerification:
     def test_s3_is_asked_for_large_files(
         self, server: s3.Server, model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(heads, "_ABOVE_BYTES", RANGE)
+        monkeypatch.setattr(checksums, "_ABOVE_BYTES", RANGE)
         server.crc64 = True
         download()
         assert of_weights(model) == ("checksum", "crc64nvme")
@@ -842,7 +842,7 @@ class TestProgress:
     def test_the_log_says_how_far_it_is(
         self, server: s3.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(progress, "REPORT_S", 0.05)
+        monkeypatch.setattr(caller, "REPORT_S", 0.05)
         monkeypatch.setattr(transfer, "WAKE_S", 0.01)
         server.faults = [s3.Fault("slow", WEIGHTS, delay_s=0.3)]
         with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
