@@ -384,11 +384,11 @@ class _TCPServer(socketserver.ThreadingTCPServer):
         return connection, address
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: a client that was killed is what many tests are about."""
+        """Log nothing: a client that was killed is what many tests are about."""
 
 
 def crc64_headers(data: bytes) -> dict[str, str]:
-    """Give the headers of a HEAD for the full object's CRC64NVME."""
+    """Return the headers of a HEAD for the full object's CRC64NVME."""
     from awscrt.checksums import crc64nvme
 
     value = base64.b64encode(crc64nvme(data).to_bytes(8, "big")).decode()

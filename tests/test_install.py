@@ -21,7 +21,7 @@ TOOLS = ("awk", "bash", "cut", "df", "du", "env", "find", "sed", "touch")
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
-    """Give a folder with all tools that the script uses, and nothing else."""
+    """Return a folder with all tools that the script uses, and nothing else."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in TOOLS:

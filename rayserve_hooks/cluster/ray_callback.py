@@ -16,20 +16,20 @@ def adapt_ray_callback(found: object, kwargs: Mapping[str, Any]) -> RayCallback 
     """Return a plugin for a class that is written for Ray's own slot; None for anything else.
 
     Args:
-        found: What the config names.
-        kwargs: Constructor arguments.
+        found: The class, or an instance.
+        kwargs: The constructor arguments of a class.
 
     Raises:
-        CallbackConfigError: It is an instance, its constructor does not take these arguments, or
+        CallbackConfigError: Its constructor does not take these arguments, it is an instance, or
             it is our own adapter to Ray's slot.
     """
     cls = found if isinstance(found, type) else type(found)
     if not _ray.is_ray_callback(cls):
         return None
-    if found is not cls:
+    if cls is not found:
         raise CallbackConfigError(
-            "it is an instance of a Ray callback, which belongs to one config and context; name "
-            "the class, with its arguments in kwargs"
+            "is an instance of a Ray callback, which belongs to one config and context; name the "
+            "class, with its arguments in kwargs"
         )
     if _ray.is_hooks_callback(cls):
         raise CallbackConfigError(

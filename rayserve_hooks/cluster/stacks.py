@@ -37,13 +37,14 @@ def stack_of(config: Any) -> CallbackStack:
     one.
 
     Raises:
-        CallbackConfigError: The list is malformed.
+        CallbackConfigError: The list is malformed, or a callback cannot be sent to another process.
     """
     settings = config.callback_config
     stack = settings.callback_kwargs.get("stack")
     if not isinstance(stack, CallbackStack):
         on_error = "raise" if settings.raise_error_on_callback else "warn"
         stack = parse_settings(settings.callback_class, settings.callback_kwargs, on_error)
+        # Before a hook runs: the other nodes get instances as they are configured.
         if any(isinstance(entry.callback, Instance) for entry in stack.entries):
             from ray import cloudpickle
 
