@@ -12,7 +12,8 @@ export PYTHONPATH := $(CURDIR)/examples
 
 help:
 	@echo "make demo             serve a real model through several stacked callbacks"
-	@echo "make test             run all tests; test-unit runs those that need no cluster"
+	@echo "make test             run all tests, on a real Ray cluster and a real engine: minutes"
+	@echo "make test-unit        run those without mark: no cluster, no engine, none that is slow"
 	@echo "make install          create $(VENV) with the package, an engine and the test tools"
 	@echo "make lint             ruff and mypy"
 	@echo "make bench            all benchmarks, an hour; one: $(BENCHMARKS:%=bench-%)"
@@ -33,7 +34,7 @@ test: $(INSTALLED)
 	@python -m pytest
 
 test-unit: $(INSTALLED)
-	@python -m pytest -m "not ray and not engine"
+	@python -m pytest -m "not ray and not engine and not slow"
 
 lint: $(INSTALLED)
 	@ruff check .

@@ -35,6 +35,17 @@ class RayCluster(NamedTuple):
     cluster: Any
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make every warning an error in tests without Ray; with it, setup.cfg's filters stay.
+
+    Ray and vLLM warn about their own dependencies, in other words with each of their versions.
+    """
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("ray", "engine")):
+            # In front, so that a test's own filters count more.
+            item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     from tiny_model import make_tiny_model

@@ -1,4 +1,4 @@
-"""How long importing what a callback and its manager need takes, against ``import pluggy, pydantic``.
+"""How long it takes to import what a callback and its manager need, against what that stands on.
 
 Each import is a fresh process; the start of Python itself is not counted.
 """

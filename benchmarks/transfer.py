@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import store
@@ -82,8 +82,10 @@ def ours_by_obstore(case: str, target: Path) -> Callable[[], object]:
     """Ours, without the direct reads of large files."""
     from rayserve_hooks.download.direct import DirectReader
 
-    nothing: Callable[..., Iterator[memoryview]] = lambda *_: iter(())
-    DirectReader.read = nothing  # type: ignore[method-assign]
+    def nothing(*_: object) -> Generator[memoryview, None, None]:
+        yield from ()
+
+    DirectReader.read = nothing  # type: ignore[method-assign, assignment]
     return ours(case, target)
 
 

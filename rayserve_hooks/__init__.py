@@ -1,5 +1,7 @@
 """Stack several callbacks on one Ray Serve LLM deployment, written like pytest plugins."""
 
+__version__ = "0.2.0.dev0"  # a literal on top: the build reads it without importing the package
+
 import importlib
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ __all__ = [
     "LLMConfig",
     "NodeModelDownloadable",
     "RayServeLLMCallback",
+    "__version__",
     "get_plugin_manager",
     "hookimpl",
     "hookspec",

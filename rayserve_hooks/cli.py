@@ -16,6 +16,7 @@ from rayserve_hooks.cluster._ray import HOOKS_CALLBACK
 from rayserve_hooks.cluster.schema import config_schema
 from rayserve_hooks.cluster.stacks import parse_settings
 from rayserve_hooks.core.hooks import HOOKS
+from rayserve_hooks.core.inspection import hook_functions
 from rayserve_hooks.core.loading import short_names
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.errors import CallbackConfigError, Problems
@@ -35,12 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: The command line itself is wrong (exit code 2), or ``--help`` was asked for.
     """
     options = _parser().parse_args(arguments)
+    if options.command == "schema":
+        print(json.dumps(config_schema(), indent=2))
+        return 0
     # As 'serve run' does: callbacks are often modules beside the config.
     sys.path.insert(0, str(Path(options.app_dir).absolute()))
     try:
-        if options.command == "schema":
-            print(json.dumps(config_schema(), indent=2))
-            return 0
         rows = order(options.config) if options.command == "order" else plugins()
     except CallbackConfigError as error:
         print(f"rayserve-hooks: {error}", file=sys.stderr)
@@ -68,9 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "order", parents=[common], help="print the callbacks of a Serve config in run order"
     )
     in_order.add_argument("config", help="the YAML file that 'serve run' and 'serve deploy' take")
-    commands.add_parser(
-        "schema", parents=[common], help="print the JSON Schema of a Serve config, for editors"
-    )
+    commands.add_parser("schema", help="print the JSON Schema of a Serve config, for editors")
     commands.add_parser("plugins", parents=[common], help="list the callbacks with a short name")
     return parser
 
@@ -113,11 +112,12 @@ def plugins() -> list[Row]:
                 found = entry_point.load()
             except Exception as error:  # importing runs other people's code
                 raise CallbackConfigError(f"short name {name!r}: {error!r}") from error
+            hooks = {function.hook for function in hook_functions(found)}
             rows.append(
                 {
                     "name": name,
                     "callback": entry_point.value,
-                    "hooks": [hook for hook in HOOKS if hasattr(found, hook)],
+                    "hooks": [hook for hook in HOOKS if hook in hooks],
                     "distribution": _release(entry_point.dist),
                     "source": _source(found),
                 }
@@ -194,7 +194,7 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _source(found: object) -> str:
-    """Give file:line of a class, function or module."""
+    """Return file:line of a class, function or module."""
     try:
         file = inspect.getsourcefile(found) or "?"  # type: ignore[arg-type]
         return f"{file}:{max(inspect.getsourcelines(found)[1], 1)}"  # type: ignore[arg-type]

@@ -184,10 +184,10 @@ class _Field(Generic[Get, Set]):
     def __get__(self, ctx: CallbackCtx | None, owner: type) -> Get | _Field[Get, Set]:
         if ctx is None:
             return self
-        return ctx._state.values[self._name]  # type: ignore[no-any-return]
+        return ctx._state.values[self._name]  # type: ignore[no-any-return] # noqa: SLF001 - its own
 
     def __set__(self, ctx: CallbackCtx, value: Set) -> None:
-        state = ctx._state
+        state = ctx._state  # noqa: SLF001 - a field is a part of its context
         try:
             state.values[self._name] = self._parse(value)
         except (TypeError, ValueError) as error:

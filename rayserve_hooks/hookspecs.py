@@ -132,8 +132,8 @@ class RayServeLLMCallback:
         Not for: an engine that fails later, or a config that was refused.
 
         Parameters:
-            ctx: The context as the failure left it. On another node that had ended already, or
-                whose process died, a copy of what it had at its start or sent back.
+            ctx: The context as the failure left it. On another node whose process died, a copy of
+                what it had at its start or sent back.
             error: What ended the initialization: a ``HookError``, or the ``CancelledError``,
                 ``KeyboardInterrupt`` or ``SystemExit`` that did. On a node that was stopped
                 because of another's failure, a ``HookError`` that says so.

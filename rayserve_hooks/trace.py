@@ -37,7 +37,7 @@ class TraceEntry:
     Attributes:
         callback: The callback's name.
         hook: The hook's name.
-        role: The process it ran in: ``"replica"``, ``"node"`` (a Ray task on another node) or
+        role: The process it ran in: ``"replica"``, ``"node"`` (the process of another node) or
             ``"driver"`` (an initialization outside of Ray Serve).
         node_id: Ray's id of the node.
         pid: The process id on that node.
@@ -50,7 +50,7 @@ class TraceEntry:
         reason: What a ``Handled`` gave as its reason, secrets masked.
         background: Name of the function it had given to ``ctx.run_in_background``, if the call
             is that one; empty for the hook's own call.
-        attempt: 1, or more where Ray had to start the node's task again.
+        attempt: 1, or 2 where the process of another node was killed and started again.
     """
 
     callback: str

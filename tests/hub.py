@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing: tests read ``Hub.requests``."""
+        """Log nothing: tests read ``Hub.requests``."""
 
 
 class _Server(ThreadingHTTPServer):

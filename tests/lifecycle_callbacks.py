@@ -199,7 +199,7 @@ class Wraps:
 
 
 class BringModel:
-    """Say on each node that the model is there, so that later callbacks do not run."""
+    """Take over on each node: the model is there, and later callbacks do not run."""
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import logging
 import os
+import pickle
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import pytest
@@ -19,7 +21,10 @@ from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
+from rayserve_hooks.errors import CallbackConfigError
 from rayserve_hooks.hookspecs import hookimpl
+
+T = TypeVar("T")
 
 
 def make_ctx(**fields: Any) -> CallbackCtx:
@@ -52,6 +57,23 @@ def parse_callbacks(callbacks: object) -> tuple[CallbackEntry, ...]:
     return CallbackStack.parse(callbacks).entries
 
 
+def one(callback: object) -> CallbackEntry:
+    """Return the entry of a list of one."""
+    (entry,) = parse_callbacks([callback])
+    return entry
+
+
+def sent(value: T) -> T:
+    """Return what arrives in another process."""
+    copy: T = pickle.loads(pickle.dumps(value))
+    return copy
+
+
+def refused(text: str) -> Any:
+    """Expect a `CallbackConfigError` whose text starts with ``text``."""
+    return pytest.raises(CallbackConfigError, match=f"^{re.escape(text)}")
+
+
 @contextlib.contextmanager
 def hook_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Capture our log alone: once Ray is imported, its loggers do not propagate to the root."""
@@ -64,11 +86,11 @@ def hook_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
             logger.removeHandler(caplog.handler)
 
 
-def run_script(script: str) -> str:
+def run_script(script: str, *arguments: str) -> str:
     """Run Python code in a process of its own, which may import this module."""
     path = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
         text=True,
         timeout=10,

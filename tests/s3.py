@@ -113,10 +113,18 @@ class Server:
         """Count the requests that start with a text."""
         return sum(request.startswith(start) for request in self.requests)
 
-    def forget(self) -> None:
-        """Set the counters to zero, once the answers to clients that are gone have ended."""
+    def sent_of(self, path: str) -> int:
+        """Return the body bytes of an object, once all answers have ended and been counted."""
+        self._settle()
+        return self.sent[path]
+
+    def _settle(self) -> None:
         with self.idle:
             assert self.idle.wait_for(lambda: self.answering == 0, timeout=10)
+
+    def forget(self) -> None:
+        """Set the counters to zero, once the answers to clients that are gone have ended."""
+        self._settle()
         self.requests.clear()
         self.sent.clear()
 
@@ -376,11 +384,11 @@ class _TCPServer(socketserver.ThreadingTCPServer):
         return connection, address
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: a client that was killed is what many tests are about."""
+        """Log nothing: a client that was killed is what many tests are about."""
 
 
 def crc64_headers(data: bytes) -> dict[str, str]:
-    """Give the headers of a HEAD for the full object's CRC64NVME."""
+    """Return the headers of a HEAD for the full object's CRC64NVME."""
     from awscrt.checksums import crc64nvme
 
     value = base64.b64encode(crc64nvme(data).to_bytes(8, "big")).decode()

@@ -16,6 +16,7 @@ from rayserve_hooks.cli import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = str(ROOT / "examples" / "serve_config.yaml")
+DISTRIBUTION = f"rayserve_hooks {importlib.metadata.version('rayserve_hooks')}"
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_order_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
         ("on_after_init", 2, "MyCallback", ["trylast"]),
     ]
     assert {row["deployment"] for row in found} == {"tiny/tiny"}
-    assert found[0]["distribution"] == "rayserve_hooks 0.1.0"
+    assert found[0]["distribution"] == DISTRIBUTION
     file, _, line = found[1]["source"].rpartition(":")
     lines = Path(file).read_text().splitlines()
     assert "def on_before_init" in "".join(lines[int(line) - 1 : int(line) + 1])
@@ -151,8 +152,8 @@ def test_limits_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["order", write_config(tmp_path, [], time_limits=limits)]) == 1
     assert capsys.readouterr().err == (
         "rayserve-hooks: 2 problems:\n"
-        "- app/m0: time_limits has unknown key 'downlod'; did you mean 'download'?\n"
         "- app/m0: time_limits: total is 0; write seconds, more than 0, or null for no limit\n"
+        "- app/m0: time_limits has unknown key 'downlod'; did you mean 'download'?\n"
     )
 
 
@@ -172,6 +173,7 @@ def test_a_config_in_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert {row["deployment"] for row in rows(capsys, "order", str(path))} == {"default/?"}
 
 
+@pytest.mark.slow  # it imports Ray
 def test_a_ray_callback_instead_of_ours_is_a_list_of_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +186,7 @@ def test_a_ray_callback_instead_of_ours_is_a_list_of_one(
     ]
 
 
+@pytest.mark.slow  # it imports Ray
 def test_a_wrong_argument_of_a_ray_callback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -259,7 +262,7 @@ def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plugins_lists_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
     found = {row["name"]: row for row in rows(capsys, "plugins")}
     assert found["download_policy"]["hooks"] == ["on_before_init", "on_before_download"]
-    assert found["startup_metrics"]["distribution"] == "rayserve_hooks 0.1.0"
+    assert found["startup_metrics"]["distribution"] == DISTRIBUTION
     assert {"custom_initialization", "custom_placement_group"} <= set(found)
 
 

@@ -1,4 +1,5 @@
 import enum
+import inspect
 import os
 import re
 from pathlib import Path
@@ -10,18 +11,18 @@ from plugins_for_tests import make_ctx, make_manager
 
 from rayserve_hooks.context import (
     CallbackCtx,
+    DeferredConfig,
     Handled,
     NodeInfo,
     NodeModelDownloadable,
     NodeResult,
 )
 from rayserve_hooks.errors import HookError
-from rayserve_hooks.trace import TraceEntry
 
 MODES = ["MODEL_AND_TOKENIZER", "TOKENIZER_ONLY", "EXCLUDE_SAFETENSORS", "NONE"]
 MODE_FIELDS = ["local_node_download_model", "worker_node_download_model"]
 DICT_FIELDS = ["runtime_env", "extra_init_kwargs", "custom_data"]
-READ_ONLY = ["llm_config", "node", "nodes", "trace"]
+READ_ONLY = ["llm_config", "handled", "node", "nodes", "trace"]
 
 OtherEnum = enum.Enum("OtherEnum", ["ALL"])
 ForeignMode = enum.Enum("ForeignMode", MODES)  # type: ignore[misc]
@@ -99,8 +100,79 @@ def test_anything_else_is_no_placement_group() -> None:
 def test_initial_values_are_checked_like_assignments() -> None:
     with pytest.raises(ValueError, match=re.escape("cannot set ctx.local_node_download_model: 7")):
         make_ctx(local_node_download_model=7)
-    with pytest.raises(AttributeError, match="did you mean 'runtime_env'"):
-        make_ctx(runtime_envs={})
+
+
+@pytest.mark.parametrize("name", ["runtime_envs", "role", "trace"])
+def test_an_argument_that_is_no_field_is_a_type_error(name: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument {name!r}"):
+        make_ctx(**{name: {}})
+
+
+def test_the_config_is_the_only_argument_that_is_needed() -> None:
+    config: Any = object()
+    ctx = CallbackCtx(llm_config=config)
+    assert ctx.llm_config is config
+    assert ctx.local_node_download_model is NodeModelDownloadable.MODEL_AND_TOKENIZER
+    assert ctx.worker_node_download_model is NodeModelDownloadable.MODEL_AND_TOKENIZER
+    assert ctx.placement_group is None
+    assert ctx.runtime_env == ctx.extra_init_kwargs == ctx.custom_data == {}
+    assert ctx.node == NodeInfo("local", "127.0.0.1", is_local=True)
+    assert dict(ctx.nodes) == {}
+    assert ctx.handled is None
+    assert list(ctx.trace) == []
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'llm_config'"):
+        CallbackCtx()  # type: ignore[call-arg]
+
+
+def test_two_contexts_share_nothing() -> None:
+    first, second = CallbackCtx(llm_config=1), CallbackCtx(llm_config=1)
+    first.custom_data["a"] = 1
+    first.runtime_env["a"] = 1
+    first.extra_init_kwargs["a"] = 1
+    assert second.custom_data == second.runtime_env == second.extra_init_kwargs == {}
+
+
+def test_a_hook_runs_on_a_context_made_for_a_test() -> None:
+    class Takes:
+        def on_before_init(self, ctx: CallbackCtx) -> Handled:
+            ctx.custom_data["seen"] = ctx.llm_config
+            return Handled("/m")
+
+    ctx = CallbackCtx(llm_config="stand-in")
+    assert Takes().on_before_init(ctx) == Handled("/m")
+    assert ctx.custom_data == {"seen": "stand-in"}
+    assert make_manager(Takes).hook.on_before_init(ctx=ctx) == Handled("/m")
+    assert [(entry.callback, entry.role) for entry in ctx.trace] == [("Takes", "driver")]
+
+
+def test_every_initial_value_is_the_fields() -> None:
+    result = NodeResult(NodeInfo("n2", "10.0.0.2", is_local=False), "/m", {}, None, 0.1, 0.2)
+    group: Any = SimpleNamespace(id="pg", bundle_specs=[{"CPU": 1}])
+    handled, dicts = Handled("/m"), {name: {name: 1} for name in DICT_FIELDS}
+    ctx = make_ctx(
+        local_node_download_model="NONE",
+        worker_node_download_model="TOKENIZER_ONLY",
+        placement_group=group,
+        nodes={"n2": result},
+        handled=handled,
+        **dicts,
+    )
+    assert ctx.local_node_download_model is NodeModelDownloadable.NONE
+    assert ctx.worker_node_download_model is NodeModelDownloadable.TOKENIZER_ONLY
+    assert ctx.placement_group is group
+    assert ctx.nodes == {"n2": result}
+    assert ctx.handled is handled
+    assert all(getattr(ctx, name) is value for name, value in dicts.items())
+
+
+def test_outside_of_a_hook_nothing_can_run_in_the_background() -> None:
+    text = r"^ctx.run_in_background\(\) works in hooks only; call it from a hook$"
+    ctx = CallbackCtx(llm_config=1)
+    with pytest.raises(RuntimeError, match=text):
+        ctx.run_in_background(print)
+    make_manager().hook.on_before_init(ctx=ctx)
+    with pytest.raises(RuntimeError, match=text):
+        ctx.run_in_background(print)
 
 
 @pytest.mark.parametrize("field", READ_ONLY)
@@ -124,34 +196,34 @@ def test_writing_a_misspelt_field_suggests_the_right_one() -> None:
     ctx = make_ctx()
     text = "CallbackCtx has no field 'runtime_envs'; did you mean 'runtime_env'?"
     with pytest.raises(AttributeError, match=f"^{re.escape(text)}$"):
-        ctx.runtime_envs = {}
+        ctx.runtime_envs = {}  # type: ignore[attr-defined]
 
 
 def test_reading_a_misspelt_field_suggests_the_right_one() -> None:
     text = "CallbackCtx has no field 'custom_date'; did you mean 'custom_data'?"
     with pytest.raises(AttributeError, match=f"^{re.escape(text)}$"):
-        _ = make_ctx().custom_date
+        _ = make_ctx().custom_date  # type: ignore[attr-defined]
 
 
 def test_an_unlike_field_gets_the_list_of_fields() -> None:
     text = "CallbackCtx has no field 'zzz'; use one of local_node_download_model, worker_node"
     with pytest.raises(AttributeError, match=f"^{re.escape(text)}"):
-        _ = make_ctx().zzz
+        _ = make_ctx().zzz  # type: ignore[attr-defined]
 
 
 class MisspeltWrite:
     def on_before_init(self, ctx: CallbackCtx) -> None:
-        ctx.runtime_envs = {}
+        ctx.runtime_envs = {}  # type: ignore[attr-defined]
 
 
 class MisspeltRead:
     def on_before_init(self, ctx: CallbackCtx) -> None:
-        _ = ctx.runtime_envs
+        _ = ctx.runtime_envs  # type: ignore[attr-defined]
 
 
 class WrongValue:
     def on_before_init(self, ctx: CallbackCtx) -> None:
-        ctx.local_node_download_model = "ALL"
+        ctx.local_node_download_model = "ALL"  # type: ignore[assignment]
 
 
 class ReadOnlyWrite:
@@ -183,7 +255,7 @@ def test_after_a_callback_the_error_names_it_no_longer() -> None:
     ctx = make_ctx()
     make_manager(Good).hook.on_before_init(ctx=ctx)
     with pytest.raises(AttributeError, match=r"^CallbackCtx has no field 'zzz'"):
-        _ = ctx.zzz
+        _ = ctx.zzz  # type: ignore[attr-defined]
 
 
 def test_repr_shows_keys_but_no_values_of_dicts() -> None:
@@ -208,21 +280,6 @@ def test_repr_copes_with_keys_that_were_put_in_place() -> None:
     assert "custom_data=" in repr(ctx)
 
 
-def test_who_is_running_is_told_before_it_starts() -> None:
-    told: list[tuple[str, str, int]] = []
-
-    class Runs:
-        def on_before_init(self, ctx: CallbackCtx) -> None:
-            told.append(("started", "", 0))
-
-    def on_call(entry: TraceEntry) -> None:
-        told.append((entry.callback, entry.outcome, entry.attempt))
-
-    ctx = make_ctx(on_call=on_call, attempt=2)
-    make_manager(Runs).hook.on_before_init(ctx=ctx)
-    assert told == [("Runs", "running", 2), ("started", "", 0)]
-
-
 def test_repr_of_a_node_result_hides_custom_data() -> None:
     node = NodeInfo("n1", "10.0.0.1", is_local=True)
     assert "s3cret" not in repr(NodeResult(node, "/m", {"token": "s3cret"}, None, 0.1, 0.2))
@@ -235,10 +292,41 @@ def test_llm_config_is_loaded_at_its_first_use_and_once() -> None:
         loads.append(object())
         return loads[-1]
 
-    ctx = CallbackCtx(llm_config=load, node=NodeInfo("n1", "10.0.0.1", is_local=True))
+    ctx = CallbackCtx(llm_config=DeferredConfig(load))
     assert not loads
     assert ctx.llm_config is ctx.llm_config is loads[0]
     assert len(loads) == 1
+
+
+def test_a_config_that_can_be_called_is_not_taken_for_its_loader() -> None:
+    config: Any = lambda: "loaded"
+    assert CallbackCtx(llm_config=config).llm_config is config
+
+
+def test_the_fields_are_those_that_are_documented() -> None:
+    doc = inspect.getdoc(CallbackCtx)
+    assert doc
+    attributes = doc.partition("Attributes:\n")[2].partition("\n\n")[0]
+    documented = re.findall(r"^    (\w+):", attributes, re.MULTILINE)
+    fields = [
+        name
+        for name, value in vars(CallbackCtx).items()
+        if not name.startswith("_") and not inspect.isroutine(value)
+    ]
+    assert sorted(documented) == sorted(fields)
+
+
+def test_every_read_write_field_is_an_argument() -> None:
+    arguments = set(inspect.signature(CallbackCtx).parameters)
+    assert arguments == {
+        *MODE_FIELDS,
+        *DICT_FIELDS,
+        "handled",
+        "llm_config",
+        "node",
+        "nodes",
+        "placement_group",
+    }
 
 
 def test_handled_takes_a_path_as_a_string() -> None:

@@ -2,28 +2,36 @@
 
 import importlib
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from plugins_for_tests import make_ctx
+from plugins_for_tests import make_ctx, parse_callbacks
 
+import rayserve_hooks
 from rayserve_hooks.cli import main
 from rayserve_hooks.context import NodeInfo
-from rayserve_hooks.core.manager import hook_error
-from rayserve_hooks.hookspecs import HOOKS, RayServeLLMCallback
+from rayserve_hooks.core.failures import hook_error
+from rayserve_hooks.core.hooks import HOOKS
+from rayserve_hooks.hookspecs import RayServeLLMCallback
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:<!-- from: (?P<source>\S+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)```", re.DOTALL
 )
+SPAN = re.compile(r"(?<!\[)`([^`\n]+)`(?!\])")  # what is a link's text is checked as a link
+PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/[\w.*-]*|\.(cfg|md|py|sh|toml|yaml))")
+ELSEWHERE = {"refs/main", ".rayserve_hooks/partial"}  # in the model's folder on a node
 CONSOLE = {
     "make demo",  # tests/test_demo.py
     "make install",  # what .ci/run starts with
+    ".venv/bin/pre-commit install",  # by hand, once; what it then runs is in test_packaging.py
     "make bench",  # by hand, for an hour; test_the_page_of_benchmarks_is_made_of_the_results
     "make test",  # what .ci/run ends with
     ".venv/bin/rayserve-hooks order examples/serve_config.yaml --app-dir examples",  # test_cli.py
+    ".venv/bin/rayserve-hooks schema > serve_schema.json",  # tests/cluster/test_schema.py
     ".venv/bin/python examples/quick_start.py",  # tests/test_end_to_end.py
     ".venv/bin/ray start --head --num-cpus 4",  # Ray's own
     "PYTHONPATH=examples .venv/bin/serve run examples/serve_config.yaml",  # likewise
@@ -45,6 +53,61 @@ def test_blocks_are_parts_of_tested_files(page: Path) -> None:
 def test_links_lead_to_files(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+def spans_of(page: Path) -> list[str]:
+    """Return the code spans of a page, without its blocks."""
+    return SPAN.findall(BLOCK.sub("", page.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_lead_to_files(page: Path) -> None:
+    folders = (ROOT, ROOT / "rayserve_hooks", page.parent)
+    for path in {span for span in spans_of(page) if PATH.fullmatch(span)} - ELSEWHERE:
+        assert any(list(folder.glob(path)) for folder in folders), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_has_every_target_that_a_page_names(page: Path) -> None:
+    named = {span.split()[1] for span in spans_of(page) if span.startswith("make ")}
+    done = subprocess.run(
+        ["make", "--dry-run", *named], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_for_contributors_names_the_sections_of_a_hooks_docstring() -> None:
+    from test_hookspecs import SECTIONS
+
+    sections = ", ".join(f"`{section}`" for section in SECTIONS)
+    assert sections in " ".join((ROOT / "CONTRIBUTING.md").read_text().split())
+
+
+def rows_below(text: str, mark: str) -> list[list[str]]:
+    table = text.partition(mark)[2].lstrip().partition("\n\n")[0]
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def test_the_changelog_starts_with_this_version_and_lists_changes_of_its_versions() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    versions = dict(re.findall(r"^## (\S+) (.+)$", changelog, re.MULTILINE))
+    release, dev, _ = rayserve_hooks.__version__.partition(".dev")
+    assert next(iter(versions)) == release
+    assert (versions[release] == "(unreleased)") == bool(dev)
+    changes = rows_below(changelog, "### Interface changes\n")
+    assert {version for version, *_ in changes} <= set(versions)
+    assert all(len(row) == 4 and all(row) for row in changes)
+
+
+def test_the_changelog_says_of_each_module_where_it_is() -> None:
+    for before, after in rows_below((ROOT / "CHANGELOG.md").read_text(), "<!-- table: modules -->"):
+        assert not module_file(before.removesuffix(", a module")).exists(), before
+        for module in after.split(", "):
+            assert module_file(module).exists(), module
+
+
+def module_file(name: str) -> Path:
+    return ROOT / (name.strip("`").replace(".", "/") + ".py")
 
 
 def test_the_hook_table_is_the_contract() -> None:
@@ -75,8 +138,6 @@ def test_the_yaml_of_the_callbacks_page_is_in_order(capsys: pytest.CaptureFixtur
 
 
 def test_the_yaml_example_is_a_serve_config_with_callbacks_that_exist() -> None:
-    from rayserve_hooks.core.loading import parse_callbacks
-
     config = yaml.safe_load((ROOT / "examples" / "serve_config.yaml").read_text())
     (application,) = config["applications"]
     assert application["import_path"] == "ray.serve.llm:build_openai_app"

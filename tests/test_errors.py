@@ -9,6 +9,7 @@ from rayserve_hooks.errors import (
     DownloadError,
     HookError,
     HooksError,
+    Phase,
     Problems,
     RemoteCause,
     describe,
@@ -22,7 +23,7 @@ def hook_error() -> HookError:
         callback="Fetch",
         hook="on_before_init",
         node=NODE,
-        phase="before init",
+        phase=Phase.BEFORE_INIT,
         detail="ValueError: boom",
         advice="fix the callback",
     )
@@ -70,7 +71,7 @@ def test_the_text_names_callback_hook_node_and_phase_and_says_what_to_do() -> No
 
 
 def test_the_text_without_a_callback_names_the_phase() -> None:
-    error = HookError(callback=None, hook=None, node=NODE, phase="download", detail="disk full")
+    error = HookError(callback=None, hook=None, node=NODE, phase=Phase.DOWNLOAD, detail="disk full")
     assert str(error) == (
         "node initialization failed on node n1 (10.0.0.1) (phase: download): disk full"
     )
@@ -78,7 +79,11 @@ def test_the_text_without_a_callback_names_the_phase() -> None:
 
 def clean_up_error(name: str) -> HookError:
     return HookError(
-        callback=name, hook="on_init_failed", node=NODE, phase="clean-up", detail="OSError: locked"
+        callback=name,
+        hook="on_init_failed",
+        node=NODE,
+        phase=Phase.CLEAN_UP,
+        detail="OSError: locked",
     )
 
 
@@ -118,8 +123,26 @@ def test_fields_and_text_survive_pickling() -> None:
     assert copy.__cause__ is None
 
 
+def test_a_phase_is_its_name_and_stays_a_phase() -> None:
+    phase = sent(hook_error()).phase
+    assert phase is Phase.BEFORE_INIT
+    assert f"{phase}" == "before init"
+
+
+def test_phases_are_listed_in_order() -> None:
+    assert list(Phase) == [
+        "before init",
+        "placement",
+        "before download",
+        "download",
+        "engine arguments",
+        "after init",
+        "clean-up",
+    ]
+
+
 def test_fields_without_a_callback_survive_pickling() -> None:
-    error = HookError(callback=None, hook=None, node=NODE, phase="placement", detail="no room")
+    error = HookError(callback=None, hook=None, node=NODE, phase=Phase.PLACEMENT, detail="no room")
     assert vars(sent(error)) == vars(error)
 
 
@@ -234,4 +257,4 @@ def test_a_problem_list_survives_pickling() -> None:
 
 def test_the_arguments_are_keyword_only() -> None:
     with pytest.raises(TypeError, match=re.escape("takes 1 positional argument")):
-        HookError("Fetch", "on_before_init", NODE, "x", "y")  # type: ignore[call-arg]
+        HookError(NODE)  # type: ignore[call-arg]

@@ -24,7 +24,7 @@ class Environment:
         self._ctx = ctx
         self._known = dict(ctx.runtime_env.get("env_vars") or {})
 
-    def export(self) -> None:
+    def export(self, phase: Phase) -> None:
         """Set and unset what callbacks have changed since the last time."""
         now = dict(self._ctx.runtime_env.get("env_vars") or {})
         for name in self._known.keys() - now.keys():
@@ -35,7 +35,7 @@ class Environment:
                     os.environ[name] = value
                 except (TypeError, ValueError) as error:
                     path, detail = f"runtime_env.env_vars.{name}", describe(error)
-                    raise step_error(self._ctx, Phase.BEFORE_INIT, detail, path) from error
+                    raise step_error(self._ctx, phase, detail, path) from error
         self._known = now
 
 

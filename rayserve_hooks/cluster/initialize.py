@@ -66,13 +66,13 @@ async def initialize(
         await with_background(this.manager, this.ctx, this.call("on_after_init"))
         this.enter(Phase.ENGINE_ARGUMENTS)
         engine_arguments.set_engine_kwargs(this.ctx)
-        this.environment.export()
+        this.environment.export(this.phase)
     return this.ctx
 
 
 async def _make_nodes_ready(this: Initialization) -> None:
     this.recorder.take_over(await this.call("on_before_init"))
-    this.environment.export()
+    this.environment.export(this.phase)
     this.enter(Phase.PLACEMENT)
     group = await this.placement.ready()
     if this.ctx.handled is None:

@@ -14,13 +14,12 @@ from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.running import clean_up, with_background
-from rayserve_hooks.errors import HookError, Phase, blame
+from rayserve_hooks.errors import Phase, blame
 from rayserve_hooks.trace import TraceEntry
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _Method = Callable[P, Coroutine[Any, Any, T]]
-_Cleaned = tuple[list[HookError], list[TraceEntry]]
 
 _RECEIPT_S = 0.5
 _GIVE_UP_S = 2.0
@@ -89,16 +88,15 @@ class NodeActor:
         self._error = blame(None, self._request.node, phase, detail)
 
     @_on_process_loop
-    async def clean_up(self, error: BaseException, started: Sequence[str]) -> _Cleaned:
+    async def clean_up(self, error: BaseException, started: Sequence[str]) -> travel.CleanUp:
         """Run ``on_init_failed``, with ``error`` unless the initialization has failed here.
 
-        ``started`` names the callbacks that had started in another process of this node. Returns
-        what failed, and all calls of this process.
+        ``started`` names the callbacks that had started in another process of this node.
         """
         ctx = self._ctx or travel.context_of(self._request, self._attempt)
         manager = await threads.run_in_thread(manager_of, self._request.stack)
         failures = await clean_up(manager, ctx, self._error or error, started)
-        return failures, list(ctx.trace)
+        return travel.CleanUp(failures, list(ctx.trace))
 
     def _on_call(self, _: TraceEntry) -> None:
         self._reports.add()

@@ -19,10 +19,10 @@ def adapt_ray_callback(found: object, kwargs: Mapping[str, Any]) -> RayCallback 
     cls = found if isinstance(found, type) else type(found)
     if not _ray.is_ray_callback(cls):
         return None
-    if found is not cls:
+    if cls is not found:
         raise CallbackConfigError(
-            "it is an instance of a Ray callback, which belongs to one config and context; name "
-            "the class, with its arguments in kwargs"
+            "is an instance of a Ray callback, which belongs to one config and context; name the "
+            "class, with its arguments in kwargs"
         )
     if _ray.is_hooks_callback(cls):
         raise CallbackConfigError(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from rayserve_hooks.cluster.node_actor import NodeActor
-from rayserve_hooks.cluster.travel import NodeReply, NodeRequest
+from rayserve_hooks.cluster.travel import CleanUp, NodeReply, NodeRequest
 from rayserve_hooks.context import NodeInfo, NodeResult
 from rayserve_hooks.core.hooks import CLEAN_UP
 from rayserve_hooks.core.log import logger
@@ -142,7 +142,6 @@ class RemoteNode:
 
     async def _cleaned_up(self, error: BaseException) -> list[HookError]:
         """Clean up in the node's own process or, where that is gone or hangs, in a new one."""
-        started: list[str] = []
         if not await self._stopped():
             if not manager_of(self._request.stack).run_order()[CLEAN_UP]:
                 return []
@@ -150,13 +149,13 @@ class RemoteNode:
             if self.reply is not None:
                 request = replace(request, custom_data=self.reply.custom_data)
             self._earlier, self._calls = self.trace, []
-            started = sorted({call.callback for call in self._earlier})
             self._actor = self._start(request, _ATTEMPTS)
-        limit = self._request.stack.time_limits.on_init_failed
+        started = sorted({call.callback for call in self._earlier})
         answer = self._actor.clean_up.remote(error, started)
-        failures: list[HookError]
-        failures, self._calls = await asyncio.wait_for(answer, limit and limit + _START_S)
-        return failures
+        limit = self._request.stack.time_limits.on_init_failed
+        outcome: CleanUp = await asyncio.wait_for(answer, limit and limit + _START_S)
+        self._calls = outcome.trace
+        return outcome.failures
 
     async def _stopped(self) -> bool:
         """Stop what the node's process does, and return whether it is there and answers."""

@@ -19,19 +19,20 @@ def config_schema() -> dict[str, Any]:
     What is Ray's is left open. Of shipped callbacks the arguments are described, too; nothing
     else that is installed is imported.
     """
-    entry = entry_adapter().json_schema(mode="validation")
+    entry = _nullable(entry_adapter().json_schema(mode="validation"), "kwargs", "name")
+    entry["description"] = "One callback."
     shipped = [name for name, ep in sorted(short_names().items()) if ep.value.startswith(_SHIPPED)]
     entry["allOf"] = [_arguments_of(name) for name in shipped]
     names = {"type": "string", "examples": sorted(short_names())}
-    ours = {
-        "properties": {"callback_class": {"enum": [_ray.HOOKS_CALLBACK]}},
-        "required": ["callback_class"],
-    }
+    classes = [_ray.HOOKS_CALLBACK, ":".join(_ray.HOOKS_CALLBACK.rsplit(".", 1))]
+    ours = {"properties": {"callback_class": {"enum": classes}}, "required": ["callback_class"]}
+    limits = {**limits_adapter().json_schema(mode="validation"), "description": "In seconds."}
+    one = {"$ref": "#/$defs/callback"}
     kwargs = {
         "type": "object",
         "properties": {
             "callbacks": {"$ref": "#/$defs/callbacks"},
-            "time_limits": limits_adapter().json_schema(mode="validation"),
+            "time_limits": {"anyOf": [limits, {"type": "null"}]},
         },
         "additionalProperties": False,
     }
@@ -43,8 +44,18 @@ def config_schema() -> dict[str, Any]:
         "title": "A Ray Serve config file with rayserve_hooks callbacks",
         "type": "object",
         "properties": {"applications": {"type": "array", "items": application}},
-        "$defs": {"callbacks": {"type": "array", "items": {"anyOf": [names, entry]}}},
+        "$defs": {
+            "callback": {"anyOf": [names, entry]},
+            "callbacks": {"anyOf": [one, {"type": "array", "items": one}]},
+        },
     }
+
+
+def _nullable(schema: dict[str, Any], *names: str) -> dict[str, Any]:
+    properties = schema["properties"]
+    for name in names:
+        properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
+    return schema
 
 
 def _inside(name: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.ray_callback import adapt_ray_callback
+from rayserve_hooks.core.instances import Instance
 from rayserve_hooks.core.manager import PluginManager, manager_of
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, Problems
@@ -34,6 +35,11 @@ def stack_of(config: Any) -> CallbackStack:
     if not isinstance(stack, CallbackStack):
         on_error = "raise" if settings.raise_error_on_callback else "warn"
         stack = parse_settings(settings.callback_class, settings.callback_kwargs, on_error)
+        # Before a hook runs: the other nodes get instances as they are configured.
+        if any(isinstance(entry.callback, Instance) for entry in stack.entries):
+            from ray import cloudpickle
+
+            stack.freeze(cloudpickle.dumps)
     return stack.for_deployment(_ray.deployment_name(config.model_id))
 
 

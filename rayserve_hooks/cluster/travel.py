@@ -12,7 +12,7 @@ from rayserve_hooks.context import CallbackCtx, DeferredConfig, NodeInfo, NodeRe
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.download.model import Mirror
-from rayserve_hooks.errors import Phase, blame, describe
+from rayserve_hooks.errors import HookError, Phase, blame, describe
 from rayserve_hooks.trace import TraceEntry
 
 Setters = dict[str, TraceEntry | None]  # by key of custom_data, the call that set it
@@ -61,6 +61,14 @@ class NodeReply:
     def unpacked(self) -> NodeResult:
         """Return the result with its ``custom_data`` loaded."""
         return replace(self.result, custom_data=load_custom_data(self.custom_data))
+
+
+@dataclass(frozen=True)
+class CleanUp:
+    """What failed in ``on_init_failed`` on a node, and all calls of its process."""
+
+    failures: list[HookError]
+    trace: list[TraceEntry]
 
 
 def request_for(

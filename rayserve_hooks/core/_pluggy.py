@@ -46,7 +46,7 @@ def reverse_groups(caller: pluggy.HookCaller, *marks: str) -> None:
         caller: The hook.
         *marks: Which groups: ``"tryfirst"``, ``"trylast"`` or ``""``, the unmarked.
     """
-    impls = caller._hookimpls
+    impls = caller._hookimpls  # noqa: SLF001 - see above
     for mark in marks:
         for wrapper in (True, False):
             places = [i for i, impl in enumerate(impls) if _group(impl) == (mark, wrapper)]

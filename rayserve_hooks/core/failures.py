@@ -43,7 +43,7 @@ def settle(
         HookError: The failure ends the initialization.
     """
     cleaning_up = hook == CLEAN_UP
-    if isinstance(error, HookError) and not warns and not cleaning_up:
+    if isinstance(error, HookError) and not (warns or cleaning_up or what):
         raise error  # of a hook called by this callback; it names who failed already
     failure = hook_error(error, ctx, callback, hook, what=what, kwargs=kwargs)
     if warns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def hook_functions(callback: object, project: str = PROJECT) -> Iterator[HookFun
         callback: An instance, class or module.
         project: Of whose markers.
     """
-    for attribute in dir(callback):
+    for attribute in _names(callback):
         found = _static_function(callback, attribute)
         if found is None or is_inherited_spec(found[0]):
             continue
@@ -50,6 +50,20 @@ def hook_functions(callback: object, project: str = PROJECT) -> Iterator[HookFun
             options = _pluggy.UNDECORATED
         if options is not None:
             yield HookFunction(attribute, options.get("specname") or attribute, function, options)
+
+
+def _names(owner: object) -> list[str]:
+    """Return what ``dir()`` would, without asking ``__dir__`` or, for slots, ``__getattr__``."""
+    classes = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
+    return sorted({*_own(owner), *(name for cls in classes for name in vars(cls))})
+
+
+def _own(owner: object) -> Mapping[str, object]:
+    try:
+        found: Mapping[str, object] = object.__getattribute__(owner, "__dict__")
+    except AttributeError:
+        return {}
+    return found
 
 
 def _options(holder: object, function: object, project: str) -> pluggy.HookimplOpts | None:
@@ -88,7 +102,7 @@ def _is_set(owner: object, slot: types.MemberDescriptorType) -> bool:
 def _is_method(owner: object, name: str) -> bool:
     if isinstance(owner, type | types.ModuleType):
         return False
-    return name not in getattr(owner, "__dict__", {})
+    return name not in _own(owner)
 
 
 def hook_problems(callback: object) -> list[str]:
@@ -96,7 +110,7 @@ def hook_problems(callback: object) -> list[str]:
     problems: list[str] = []
     hooks = {function.attribute: function for function in hook_functions(callback)}
     named = 0
-    for name in dir(callback):
+    for name in _names(callback):
         static = inspect.getattr_static(callback, name, None)
         if name.startswith("_") or is_inherited_spec(static):
             continue

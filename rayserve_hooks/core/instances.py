@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rayserve_hooks.errors import CallbackConfigError, describe
@@ -71,6 +71,7 @@ class Instance:
         return self._instance
 
     def __getstate__(self) -> dict[str, Any]:
+        self.freeze(pickle.dumps)  # where no config has done it
         return {**self.__dict__, "_instance": None}
 
     def __repr__(self) -> str:
@@ -86,12 +87,20 @@ def _try(name: str, value: object, dumps: Dumps, error: Exception) -> None:
 
 
 def _attributes(instance: object) -> Iterator[tuple[str, object]]:
-    """Yield what an instance holds, its slots included, without running anything of it."""
-    yield from getattr(instance, "__dict__", {}).items()
-    for cls in type(instance).__mro__:
-        slots = vars(cls).get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            try:
-                yield name, object.__getattribute__(instance, name)
-            except AttributeError:
-                continue
+    """Yield what pickling takes of an instance: its attributes, or what ``__getstate__`` leaves."""
+    # Of a frozen dataclass with slots __getstate__ returns a list without names.
+    state = _mappings(instance.__getstate__()) or _mappings(object.__getstate__(instance))
+    for name, value in (item for part in state for item in part.items()):
+        if name in _PYDANTIC and isinstance(value, Mapping):
+            yield from value.items()
+        else:
+            yield name, value
+
+
+def _mappings(state: object) -> list[Mapping[str, object]]:
+    parts = state if isinstance(state, tuple) else (state,)  # a tuple where there are slots
+    return [part for part in parts if isinstance(part, Mapping)]
+
+
+_PYDANTIC = ("__dict__", "__pydantic_extra__", "__pydantic_private__")
+"""Where the state of a pydantic model has its attributes."""

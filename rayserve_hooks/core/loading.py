@@ -22,7 +22,7 @@ ENTRY_POINT_GROUP = "rayserve_hooks"
 
 Adapt = Callable[[object, Mapping[str, Any]], object | None]
 """Builds the plugin for a class that is written for another interface, from the class and its
-constructor arguments; returns None for everything else."""
+constructor arguments; refuses an instance of one, and returns None for everything else."""
 
 
 def no_adapter(found: object, kwargs: Mapping[str, Any]) -> object | None:
@@ -44,7 +44,8 @@ def build(
         CallbackConfigError: It cannot be imported or built, or is not a callback.
     """
     if isinstance(target, Instance):
-        plugin = adapt(target.load(), {}) or target.load()
+        plugin = target.load()
+        adapt(plugin, {})  # refuses an instance of another interface
     else:
         found = resolve(target) if isinstance(target, str) else target
         plugin = _construct(found, kwargs, adapt) if isinstance(found, type) else found
@@ -65,6 +66,8 @@ def _construct(cls: type, kwargs: Mapping[str, Any], adapt: Adapt) -> object:
         return adapted
     try:
         return cls(**kwargs)
+    except CallbackConfigError:
+        raise
     except Exception as error:  # a constructor may refuse with any exception
         reason = redact(describe(error), kwargs)
         raise CallbackConfigError(

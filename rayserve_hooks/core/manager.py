@@ -42,8 +42,10 @@ class RegisteredCallback:
         name: str,
         functions: Mapping[str, tuple[_pluggy.HookFunction, pluggy.HookimplOpts]],
     ) -> None:
-        for attribute, (function, _) in functions.items():
-            setattr(self, attribute, function)
+        for attribute, (function, options) in functions.items():
+            # By specname too: pluggy 1.6 asks for the hook's name whether a plugin has the hook.
+            vars(self).setdefault(options.get("specname") or attribute, None)
+            vars(self)[attribute] = function
         self.callback = callback
         self.name = name
         self._options = {attribute: options for attribute, (_, options) in functions.items()}
@@ -90,6 +92,8 @@ class PluginManager(pluggy.PluginManager):
             CallbackConfigError: The same object is registered already.
             ValueError: The name is taken.
         """
+        if isinstance(plugin, RegisteredCallback):
+            plugin = plugin.callback
         already = self.get_name(plugin)
         if already is not None:
             raise CallbackConfigError(
@@ -113,27 +117,34 @@ class PluginManager(pluggy.PluginManager):
         registered: RegisteredCallback = plugin
         return registered.options_of(name)
 
-    def registered(self, plugin: Any) -> Any:
-        """Return the `RegisteredCallback` of a callback; anything else as it is."""
-        for _, registered in self.list_name_plugin():
-            if isinstance(registered, RegisteredCallback) and registered.callback is plugin:
-                return registered
-        return plugin
+    def registered(self, plugin: Any) -> RegisteredCallback | None:
+        """Return the `RegisteredCallback` of a callback or of itself; None if there is none."""
+        for _, found in self.list_name_plugin():
+            if not isinstance(found, RegisteredCallback):
+                continue  # a blocked name
+            if found is plugin or found.callback is plugin:
+                return found
+        return None
+
+    # pluggy compares with ``==``, which would run what is not registered; so only ours go there.
 
     def get_name(self, plugin: Any) -> str | None:
-        return super().get_name(self.registered(plugin))
+        found = self.registered(plugin)
+        return None if found is None else super().get_name(found)
 
     def is_registered(self, plugin: Any) -> bool:
-        return super().is_registered(self.registered(plugin))
+        return self.registered(plugin) is not None
 
     def unregister(self, plugin: Any = None, name: str | None = None) -> Any | None:
-        return super().unregister(None if plugin is None else self.registered(plugin), name)
+        return super().unregister(self.registered(plugin) or plugin, name)
 
     def get_hookcallers(self, plugin: Any) -> list[pluggy.HookCaller] | None:
-        return super().get_hookcallers(self.registered(plugin))
+        found = self.registered(plugin)
+        return None if found is None else super().get_hookcallers(found)
 
     def subset_hook_caller(self, name: str, remove_plugins: Iterable[Any]) -> pluggy.HookCaller:
-        return super().subset_hook_caller(name, [self.registered(p) for p in remove_plugins])
+        found = (self.registered(plugin) for plugin in remove_plugins)
+        return super().subset_hook_caller(name, [plugin for plugin in found if plugin is not None])
 
     def run_order(self) -> dict[str, list[str]]:
         """Return each hook's callbacks in the order in which they run, wrappers outermost first."""

@@ -24,7 +24,7 @@ _PLAIN = (int, float, complex, type(None), enum.Enum, os.PathLike)
 
 
 def is_secret(key: object) -> bool:
-    """Tell whether a key looks like that of a secret, such as ``hf_token`` or ``apiKey``.
+    """Return whether a key looks like that of a secret, such as ``hf_token`` or ``apiKey``.
 
     ``env_vars`` is one: people put all their credentials there.
     """

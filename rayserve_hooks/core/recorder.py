@@ -56,7 +56,7 @@ class Recorder:
         attempt: int = 1,
         on_call: Callable[[TraceEntry], None] | None = None,
     ) -> None:
-        self._state = ctx._state
+        self._state = ctx._state  # noqa: SLF001 - the link of the two
         self._state.recorder = self
         self._role, self._attempt, self._on_call = role, attempt, on_call
         self._conflicts: dict[str, str] = {}
@@ -171,7 +171,7 @@ class Recorder:
 
 def recorder_of(ctx: CallbackCtx) -> Recorder:
     """Return a context's recorder; one that was made by hand gets it here."""
-    recorder = ctx._state.recorder
+    recorder = ctx._state.recorder  # noqa: SLF001 - as above
     return recorder or Recorder(ctx)  # type: ignore[return-value] # the one implementation
 
 

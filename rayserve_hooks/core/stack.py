@@ -14,6 +14,7 @@ from rayserve_hooks.core.instances import Dumps, Instance, identity
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, no_adapter
 from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.recorder import snapshot
 from rayserve_hooks.core.validation import Problem, problems_of
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 
@@ -82,7 +83,9 @@ class CallbackEntry:
             default_name, what = what.__name__, identity(what)
         else:
             default_name = callback.replace(":", ".").rpartition(".")[2]
-        kwargs, name = dict(self.kwargs), self.name or default_name
+        # Neither what becomes of the config's dicts nor a callback that changes its arguments
+        # reaches what travels.
+        kwargs, name = snapshot(dict(self.kwargs)), self.name or default_name
         object.__setattr__(self, "kwargs", kwargs)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "key", (name, what, _canonical(kwargs), self.on_error or ""))
@@ -99,13 +102,15 @@ class CallbackEntry:
             CallbackConfigError: It cannot be imported or built, or is not a callback.
         """
         try:
-            return build(self.callback, self.kwargs, adapt)
+            return build(self.callback, snapshot(self.kwargs), adapt)
         except CallbackConfigError as error:
             texts = (self._named(problem) for problem in error.problems)
             raise CallbackConfigError(*texts) from error.__cause__
 
     def _named(self, problem: str) -> str:
-        return problem if problem.startswith("callback ") else f"callback {self.name!r}: {problem}"
+        if problem.startswith("callback "):
+            return problem
+        return f"callback {self.name!r}{' ' if problem.startswith('is ') else ': '}{problem}"
 
     def freeze(self, dumps: Dumps) -> None:
         """Check that the entry can be sent to another process, and keep an instance's bytes.
@@ -296,7 +301,9 @@ def _parse(item: object, where: str) -> CallbackEntry:
     try:
         entry = entry_adapter().validate_python(written)
     except ValidationError as error:
-        problems = problems_of(error, _KEYS)
+        problems = list(problems_of(error, _KEYS))
+        if len(problems) > 1:  # a misspelt 'callback' is one problem, not two
+            problems = [problem for problem in problems if not problem.text.startswith("has no")]
         raise CallbackConfigError(*(_message(p, item, where) for p in problems)) from None
     if entry.only_on_cluster and not isinstance(entry.callback, str):
         raise CallbackConfigError(_not_elsewhere(item, where))

@@ -179,7 +179,7 @@ _process_loop_lock = threading.Lock()
 
 
 def process_loop() -> asyncio.AbstractEventLoop:
-    """Give the event loop that runs in a thread of its own for as long as the process lives."""
+    """Return the event loop that runs in a thread of its own for as long as the process lives."""
     with _process_loop_lock:
         return _start_process_loop()
 

@@ -1,9 +1,8 @@
 """Ranges of large S3 objects, read from the socket straight into the buffer that is written.
 
 obstore copies every chunk twice. When the CPU is the bottleneck this costs 25 % of the transfer
-time, over TLS more. So ranges are read with the standard library's HTTP client first, from a URL
-that obstore has signed. It neither retries nor diagnoses; any range it fails to read is fetched
-through obstore, which does both.
+time, over TLS more. The standard library's HTTP client does not, but neither retries nor diagnoses;
+any range it fails to read is fetched through obstore, which does both.
 
 Only for S3: signing Google's and Azure's URLs may cost a request and a permission each.
 """
@@ -11,8 +10,9 @@ Only for S3: signing Google's and Azure's URLs may cost a request and a permissi
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -30,26 +30,17 @@ _BUFFER_BYTES = 3 * 2**17
 
 
 class DirectReader:
-    """Reads ranges of one store's objects, in any number of threads.
-
-    Args:
-        source: The store.
-    """
+    """Reads ranges of one store's objects, in any number of threads."""
 
     def __init__(self, source: Source) -> None:
         self._source, self._logger = source, source.caller.logger
         self._usable, self._worked = source.scheme == "s3", False
         self._idle: deque[tuple[http.client.HTTPConnection, memoryview]] = deque()
 
-    def read(self, file: RemoteFile, span: Span) -> Iterator[memoryview]:
-        """Read a range in order; after any failure the rest is missing.
+    def read(self, file: RemoteFile, span: Span) -> Generator[memoryview, None, None]:
+        """Yield a range's parts in order; after any failure the rest is missing.
 
-        Args:
-            file: The object; the request is pinned to its version.
-            span: The range.
-
-        Yields:
-            Its parts, each valid until the next iteration.
+        The request is pinned to the file's version. A part is valid until the next iteration.
         """
         if not self._usable:
             return
@@ -65,7 +56,6 @@ class DirectReader:
         """Close the idle connections; call it once no range is being read."""
         for connection, _ in self._idle:
             connection.close()
-        self._idle.clear()
 
     def _read(self, file: RemoteFile, span: Span) -> Iterator[memoryview]:
         start, end = span
@@ -103,11 +93,8 @@ class DirectReader:
         proxies = urllib.request.getproxies()
         if (parts.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(host):
             raise ConnectionError("a proxy is set")
-        connection: http.client.HTTPConnection
+        connect: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if parts.scheme == "https":
-            connection = http.client.HTTPSConnection(
-                host, parts.port, timeout=_TIMEOUT_S, context=self._source.tls
-            )
-        else:
-            connection = http.client.HTTPConnection(host, parts.port, timeout=_TIMEOUT_S)
+            connect = functools.partial(http.client.HTTPSConnection, context=self._source.tls)
+        connection = connect(host, parts.port, timeout=_TIMEOUT_S)
         return connection, memoryview(bytearray(_BUFFER_BYTES))

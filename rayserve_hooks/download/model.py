@@ -3,19 +3,14 @@
 Ray's own downloader is not used: it logs and swallows failures, of a whole model as of single
 files, and writes ``refs/main`` before the files (Ray 2.60, ``CloudModelDownloader.get_model``,
 ``S3FileSystem.download_files``). Layout, file selection and the ``hash`` object are Ray's.
-
-A download is complete or absent, and runs once per node, however many processes request it at the
-same time: `rayserve_hooks.download.node_lock`. The folder ``.rayserve_hooks`` in the model's folder
-lists the complete files, so that a repeated download costs one listing. See
-`rayserve_hooks.download.transfer` for verification and how a killed download is resumed,
-`rayserve_hooks.download.stores` for URIs and credentials.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -29,16 +24,17 @@ from typing import Any, TextIO
 
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download.caller import STANDALONE, Caller
-from rayserve_hooks.download.checksums import checksum_of
-from rayserve_hooks.download.heads import Heads, expected_checksum
+from rayserve_hooks.download.checksums import Heads, checksum_of, expected_checksum
 from rayserve_hooks.download.node_lock import node_lock
 from rayserve_hooks.download.stores import STATE_FOLDER, RemoteFile, Source, open_source
 from rayserve_hooks.download.transfer import Content, fetch, unwritable
 from rayserve_hooks.errors import DownloadError, describe
 
-# What Ray considers tokenizer files (CloudFileSystem.download_model, Ray 2.60).
-_TOKENIZER_PARTS = ("tokenizer", "config.json", "chat_template")
-_WEIGHTS_SUFFIX = ".safetensors"
+# What a mode selects, and what it leaves out, as in Ray 2.60 (CloudFileSystem.download_model).
+_ALLOWED = {
+    NodeModelDownloadable.TOKENIZER_ONLY: ["*tokenizer*", "*config.json*", "*chat_template*"]
+}
+_IGNORED = {NodeModelDownloadable.EXCLUDE_SAFETENSORS: ["*.safetensors"]}
 _REVISION_OBJECT = "hash"
 _DEFAULT_REVISION = "0" * 40
 _CHECK_THREADS = 8
@@ -141,15 +137,11 @@ def _download_from_hub(model_id: str, mode: NodeModelDownloadable, caller: Calle
             f"downloading {model_id!r} needs the package 'huggingface_hub'; install "
             "'rayserve_hooks[download]' on every node"
         ) from error
-    allowed = excluded = None
-    if mode is NodeModelDownloadable.TOKENIZER_ONLY:
-        allowed = [f"*{part}*" for part in _TOKENIZER_PARTS]
-    elif mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS:
-        excluded = [f"*{_WEIGHTS_SUFFIX}"]
+    allowed, ignored = _ALLOWED.get(mode), _IGNORED.get(mode)
     purpose = f"{mode.name} of the Hugging Face Hub"
     with node_lock(_model_folder(model_id), purpose, caller.logger):
         try:
-            return snapshot_download(model_id, allow_patterns=allowed, ignore_patterns=excluded)
+            return snapshot_download(model_id, allow_patterns=allowed, ignore_patterns=ignored)
         except Exception as error:  # the hub raises its own and those of its HTTP client
             detail, check = describe(error), "HF_ENDPOINT and the network"
             if isinstance(error, HfHubHTTPError):
@@ -162,17 +154,16 @@ def _download_from_hub(model_id: str, mode: NodeModelDownloadable, caller: Calle
 
 
 def _selected(path: str, mode: NodeModelDownloadable) -> bool:
-    if mode is NodeModelDownloadable.TOKENIZER_ONLY:
-        return any(part in path for part in _TOKENIZER_PARTS)
-    if mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS:
-        return not path.endswith(_WEIGHTS_SUFFIX)
-    return True
+    """Match patterns as the Hugging Face Hub does, which is given the same ones."""
+    allowed, ignored = _ALLOWED.get(mode, ["*"]), _IGNORED.get(mode, [])
+    matches = functools.partial(fnmatch.fnmatchcase, path)
+    return any(map(matches, allowed)) and not any(map(matches, ignored))
 
 
 def _revision(source: Source, hash_object: RemoteFile | None, records: _Records) -> str:
     if hash_object is None:
         return _DEFAULT_REVISION
-    revision = records.revision_of(hash_object)
+    revision = records.revisions.get(hash_object.version)
     if revision is None:
         revision = source.read(_REVISION_OBJECT).decode("ascii", "replace").strip()
     if not re.fullmatch(r"[\w-][\w.-]*", revision, re.ASCII):
@@ -206,54 +197,34 @@ class _Records:
     def __init__(self, folder: Path, mode: str, uri: str) -> None:
         self.folder, self._mode, self._uri = folder, mode, uri
         self._marker, self._log = folder / f"{mode}.json", folder / f"{mode}.jsonl"
-        self._known: dict[str, dict[str, _Record]] = {}  # by path and revision
-        self._revisions: dict[str, str] = {}
-        self._current: dict[str, _Record] = {}
+        self.known: dict[str, dict[str, _Record]] = {}  # by path and revision
+        self.revisions: dict[str, str] = {}  # by version of the object that holds it
+        self.complete: dict[str, _Record] = {}  # by path; what the marker will list
         self._log_file: TextIO | None = None
         self._lock = threading.Lock()
         for path in sorted(folder.glob("*.json")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                self._read_marker(json.loads(path.read_text()))
+                marker = json.loads(path.read_text())
+                if marker["uri"] == uri and marker["revision_version"]:
+                    self.revisions[marker["revision_version"]] = marker["revision"]
+                for record in marker["files"]:
+                    self._learn({"uri": marker["uri"], **record})
         for path in folder.glob("*.jsonl"):
             for line in path.read_text(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     self._learn(json.loads(line))
 
-    def _read_marker(self, marker: dict[str, Any]) -> None:
-        if marker["uri"] == self._uri and marker["revision_version"]:
-            self._revisions[marker["revision_version"]] = marker["revision"]
-        for record in marker["files"]:
-            self._learn({"uri": marker["uri"], **record})
-
     def _learn(self, fields: dict[str, Any]) -> None:
         # Versions of two stores cannot be compared.
         if fields.pop("uri") == self._uri:
             record = _Record(**fields)
-            self._known.setdefault(record.path, {})[record.revision] = record
+            self.known.setdefault(record.path, {})[record.revision] = record
 
-    def revision_of(self, hash_object: RemoteFile) -> str | None:
-        """Return the content of the object ``hash``, if this version of it has been read."""
-        return self._revisions.get(hash_object.version)
-
-    def know_any(self) -> bool:
-        """Return whether any file of this source has ever been complete."""
-        return bool(self._known)
-
-    def same_version(self, revision: str, file: RemoteFile) -> _Record | None:
-        """Return the record of a file in the version that the store has now."""
-        record = self._known.get(file.path, {}).get(revision)
-        if record is None or (record.size, record.version) != (file.size, file.version):
-            return None
-        return record
-
-    def of_other_revisions(self, revision: str, file: RemoteFile) -> list[_Record]:
-        others = [other for other in self._known.get(file.path, {}) if other != revision]
-        found = (self.same_version(other, file) for other in others)
-        return [record for record in found if record is not None]
-
-    def keep(self, record: _Record) -> None:
-        """Record that a file is complete; only the marker will list it."""
-        self._current[record.path] = record
+    def same_version(self, file: RemoteFile) -> dict[str, _Record]:
+        """Return the records of a file in the version that the store has now, by revision."""
+        found = self.known.get(file.path, {}).items()
+        version = (file.size, file.version)
+        return {key: record for key, record in found if (record.size, record.version) == version}
 
     def add(self, revision: str, file: RemoteFile, content: Content, on_disk: str) -> None:
         """Log that a file is complete; its modification time identifies it later."""
@@ -264,16 +235,15 @@ class _Records:
             if self._log_file is None:
                 self._log_file = self._log.open("a", buffering=1)
             self._log_file.write(f"{line}\n")
-        self.keep(record)
+        self.complete[file.path] = record
 
     def close(self) -> None:
         if self._log_file is not None:
             self._log_file.close()
-            self._log_file = None
 
     def finish(self, revision: str, hash_object: RemoteFile | None) -> None:
         """Write the marker of a complete download."""
-        files = [vars(self._current[path]) for path in sorted(self._current)]
+        files = [vars(self.complete[path]) for path in sorted(self.complete)]
         marker = {
             "uri": self._uri,
             "mode": self._mode,
@@ -296,54 +266,47 @@ def _complete(
     def incomplete(files: list[RemoteFile]) -> list[RemoteFile]:
         return [file for file in files if not _is_complete(heads, file, folder, revision, records)]
 
-    missing = wanted
-    try:
-        records.folder.mkdir(parents=True, exist_ok=True)
-        if folder.exists() or records.know_any():
-            # Slices: submitting one file to a thread costs more than checking it.
-            slices = [wanted[first::_CHECK_THREADS] for first in range(_CHECK_THREADS)]
-            with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-                missing = list(itertools.chain.from_iterable(pool.map(incomplete, slices)))
-    except OSError as error:
-        raise unwritable(error, folder) from error
-    logger.info("%s: %d files, %d to fetch into %s", source.uri, len(wanted), len(missing), folder)
-    if not missing:
-        records.close()
-        return
-
     def publish(file: RemoteFile, content: Content, partial: str) -> None:
         records.add(revision, file, content, partial)
         os.replace(partial, f"{folder}/{file.path}")
 
-    try:
-        fetched = fetch(heads, missing, folder, records.folder / "partial", publish)
-    finally:
-        records.close()
+    missing = wanted
+    with contextlib.closing(records):
+        try:
+            records.folder.mkdir(parents=True, exist_ok=True)
+            if folder.exists() or records.known:
+                # Slices: submitting one file to a thread costs more than checking it.
+                slices = [wanted[first::_CHECK_THREADS] for first in range(_CHECK_THREADS)]
+                with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+                    missing = [file for part in pool.map(incomplete, slices) for file in part]
+        except OSError as error:
+            raise unwritable(error, folder) from error
+        count = len(missing)
+        logger.info("%s: %d files, %d to fetch into %s", source.uri, len(wanted), count, folder)
+        if not missing:
+            return
+        fetched_gb = fetch(heads, missing, folder, records.folder / "partial", publish) / 1e9
+    present_gb = sum(file.size for file in wanted) / 1e9 - fetched_gb
     seconds = time.monotonic() - started
-    logger.info(
-        "%s: fetched %d files, %.2f GB, in %.1f s, %.2f GB/s; %.2f GB were there already",
-        source.uri,
-        len(missing),
-        fetched / 1e9,
-        seconds,
-        fetched / 1e9 / max(seconds, 1e-9),
-        (sum(file.size for file in wanted) - fetched) / 1e9,
-    )
+    rate = fetched_gb / max(seconds, 1e-9)
+    text = "%s: fetched %d files, %.2f GB, in %.1f s, %.2f GB/s; %.2f GB were there already"
+    logger.info(text, source.uri, count, fetched_gb, seconds, rate, present_gb)
 
 
 def _is_complete(
     heads: Heads, file: RemoteFile, folder: Path, revision: str, records: _Records
 ) -> bool:
     target = f"{folder}/{file.path}"
-    record = records.same_version(revision, file)
+    known = records.same_version(file)
+    record = known.pop(revision, None)
     try:
         status = os.stat(target)
     except (FileNotFoundError, NotADirectoryError):
         status = None
     if status is None or not stat.S_ISREG(status.st_mode) or status.st_size != file.size:
-        return _linked(file, folder, revision, records)
+        return any(_linked(file, folder, revision, other, records) for other in known.values())
     if record is not None and record.mtime_ns == status.st_mtime_ns:
-        records.keep(record)
+        records.complete[file.path] = record
         return True
     if record is not None:
         content = Content(record.checksum, record.verified)
@@ -358,20 +321,21 @@ def _is_complete(
     return True
 
 
-def _linked(file: RemoteFile, folder: Path, revision: str, records: _Records) -> bool:
+def _linked(
+    file: RemoteFile, folder: Path, revision: str, other: _Record, records: _Records
+) -> bool:
     """Hard-link the same version of a file from the snapshot of another revision."""
-    for record in records.of_other_revisions(revision, file):
-        old = folder.parent / record.revision / file.path
-        target = folder / file.path
-        if not old.is_file() or old.stat().st_mtime_ns != record.mtime_ns:
-            continue
-        if old.stat().st_size != file.size or target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # a file system without hard links: fetch it instead
-            target.hardlink_to(old)
-            records.add(revision, file, Content(record.checksum, record.verified), str(target))
-            return True
+    old, target = folder.parent / other.revision / file.path, folder / file.path
+    if target.exists() or not old.is_file():
+        return False
+    status = old.stat()
+    if (status.st_mtime_ns, status.st_size) != (other.mtime_ns, file.size):
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # a file system without hard links: fetch it instead
+        target.hardlink_to(old)
+        records.add(revision, file, Content(other.checksum, other.verified), str(target))
+        return True
     return False
 
 

@@ -1,8 +1,7 @@
 """Per-node inter-process lock. Reports the owner while waiting.
 
 The lock files are on the local disk even if the locked folder is on a share, where the locks of
-other nodes would count and may not work at all. ``RAYSERVE_HOOKS_LOCK_DIR`` moves them, which is
-needed in containers that share a folder but not their ``/tmp``.
+other nodes would count and may not work at all.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rayserve_hooks.errors import DownloadError, describe
 
@@ -96,7 +94,7 @@ def _write_owner(path: Path, purpose: str) -> None:
 
 def _owner(path: Path) -> str:
     try:
-        owner: dict[str, Any] = json.loads(path.read_text())
+        owner = json.loads(path.read_text())
         since = time.strftime("%H:%M:%S", time.localtime(owner["since"]))
         return f"pid {owner['pid']} ({owner['process']}: {owner['purpose']}, since {since})"
     except (OSError, ValueError, KeyError, TypeError):

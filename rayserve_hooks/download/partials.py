@@ -8,7 +8,6 @@ Paths are strings here: with thousands of small files, ``pathlib`` takes longer 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -16,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rayserve_hooks.download.heads import Head
+from rayserve_hooks.download.checksums import Head
 from rayserve_hooks.download.stores import RemoteFile
 
 RANGE_BYTES = 16 * 2**20
@@ -27,27 +26,17 @@ Span = tuple[int, int]
 
 @dataclass
 class PartialFile:
-    """One object being fetched.
-
-    Attributes:
-        file: The object.
-        target: The file it becomes.
-        stem: The path of the partial file and of its journal, without their suffixes.
-        spans: The ranges it is fetched in.
-        done: Those of them that are written.
-        head: The store's response to the request for its checksum, if one was made.
-        finishing: Whether a thread is about to publish it.
-        crcs: By a range's first byte, the CRC64NVME of what this run has written there.
-    """
+    """One object being fetched, and the file it becomes."""
 
     file: RemoteFile
     target: str
-    stem: str
-    spans: list[Span]
-    done: set[Span]
-    head: Future[Head | None] | None = None
-    finishing: bool = False
-    crcs: dict[int, int] = field(default_factory=dict)
+    stem: str  # the path of the partial file and of its journal, without their suffixes
+    spans: list[Span]  # what it is fetched in
+    done: set[Span]  # those of them that are written
+    head: Future[Head | None] | None = None  # of the request for its checksum, if one was made
+    finishing: bool = False  # a thread is about to publish it
+    # By a range's first byte, the CRC64NVME of what this run has written there.
+    crcs: dict[int, bytes] = field(default_factory=dict)
     _fd: int = -1
     _journal_fd: int = -1
 
@@ -70,19 +59,18 @@ class PartialFile:
             self._journal_fd = os.open(self._journal, flags, 0o666)
 
     def write(self, offset: int, data: memoryview) -> None:
-        _write_all(self._fd, data, offset)
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
 
     def finish_span(self, span: Span) -> None:
         os.write(self._journal_fd, b"%d %d\n" % span)
         self.done.add(span)
 
-    def write_whole(self, data: memoryview) -> None:
+    def write_whole(self, data: bytearray | memoryview) -> None:
         """Write a small file, which needs no journal."""
-        fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            _write_all(fd, data, 0)
-        finally:
-            os.close(fd)
+        with open(self.path, "wb") as file:
+            file.write(data)
 
     def close(self) -> None:
         for fd in (self._fd, self._journal_fd):
@@ -91,54 +79,38 @@ class PartialFile:
         self._fd = self._journal_fd = -1
 
     def remove_journal(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._journal)
+        if self.done:  # otherwise there is none
+            Path(self._journal).unlink(missing_ok=True)
 
     def discard(self) -> None:
         self.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        self.remove_journal()
+        for path in (self.path, self._journal):
+            Path(path).unlink(missing_ok=True)
         self.done.clear()
         self.crcs.clear()
         self.finishing = False
 
 
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
-
-
 def plan(files: list[RemoteFile], folder: Path, state: Path) -> list[PartialFile]:
-    """Find the partial files of earlier runs, and remove those of other versions.
-
-    Args:
-        files: What to fetch.
-        folder: Where the files go.
-        state: Where partial files are kept.
-
-    Returns:
-        The partial file of each, the smallest file first.
-    """
-    # Names hold a hash: paths may be longer, or deeper, than a file name can be.
-    names = {file.path: _hash(file.path) for file in files}
+    """Return the partial file of each, smallest first; remove what is left of other versions."""
     present = set(os.listdir(state)) if state.is_dir() else set()
     partials = []
-    current = set()
+    prefixes, stems = set(), set()
     for file in sorted(files, key=lambda file: file.size):
-        name = f"{names[file.path]}-{_hash(f'{file.version} {file.size}')}"
-        current.add(name)
+        # Hashes: paths may be longer, or deeper, than a file name can be.
+        prefix = _hash(file.path)
+        stem = f"{prefix}-{_hash(f'{file.version} {file.size}')}"
+        prefixes.add(prefix)
+        stems.add(stem)
         steps = range(0, file.size, RANGE_BYTES) or [0]
         spans = [(start, min(start + RANGE_BYTES, file.size)) for start in steps]
-        partial = PartialFile(file, f"{folder}/{file.path}", f"{state}/{name}", spans, set())
-        if f"{name}.partial" in present and f"{name}.journal" in present:
-            partial.done = read_journal(state / f"{name}.journal") & set(spans)
-        partials.append(partial)
-    prefixes = set(names.values())
+        done: set[Span] = set()
+        if f"{stem}.partial" in present and f"{stem}.journal" in present:
+            done = read_journal(state / f"{stem}.journal") & set(spans)
+        partials.append(PartialFile(file, f"{folder}/{file.path}", f"{state}/{stem}", spans, done))
     for name in present:
         stem, _, kind = name.partition(".")
-        stale = stem.partition("-")[0] in prefixes and stem not in current
+        stale = stem.partition("-")[0] in prefixes and stem not in stems
         # The run was killed after it had published the file.
         orphaned = kind == "journal" and f"{stem}.partial" not in present
         if stale or orphaned:

@@ -45,19 +45,12 @@ ANONYMOUS = "anonymous@"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """An object of a listing.
-
-    Args:
-        path: Relative to the store's URI.
-        size: In bytes.
-        etag: As the store sends it, quotes included; None if it sends none.
-        version: Changes whenever the content does: the ETag, or else the time of change.
-    """
+    """An object of a listing, its path relative to the store's URI."""
 
     path: str
-    size: int
-    etag: str | None
-    version: str
+    size: int  # in bytes
+    etag: str | None  # as the store sends it, quotes included
+    version: str  # changes whenever the content does: the ETag, or else the time of change
 
 
 @dataclass(frozen=True)
@@ -82,33 +75,20 @@ class Source:
     def anonymous(self) -> bool:
         return self.uri.startswith(f"{self.scheme}://{ANONYMOUS}")
 
-    def key_of(self, path: str) -> tuple[str, str]:
-        """Return the bucket, and an object's key in it."""
-        rest = self.uri.partition("://")[2].removeprefix(ANONYMOUS)
-        bucket, _, prefix = rest.partition("/")
-        return bucket, "/".join(filter(None, [prefix.strip("/"), path]))
-
     def url_of(self, path: str, region: str | None = None) -> str:
-        """Return the unsigned URL of an object of S3 or Google Cloud Storage.
-
-        Args:
-            path: Relative to the store's URI.
-            region: Where the bucket is, if known; by default the environment's region.
-        """
+        """Return the unsigned URL of an object of S3 or Google Cloud Storage."""
         if self.scheme == "s3":
             region = region or aws_region() or "us-east-1"
             endpoint = s3_endpoint() or f"https://s3.{region}.amazonaws.com"
         else:
             endpoint = gcs_endpoint() or "https://storage.googleapis.com"
-        bucket, key = self.key_of(path)
+        rest = self.uri.partition("://")[2].removeprefix(ANONYMOUS)
+        bucket, _, prefix = rest.partition("/")
+        key = "/".join(filter(None, [prefix.strip("/"), path]))
         return f"{endpoint.rstrip('/')}/{bucket}/{quote(key, safe='/~')}"
 
     def readable_url_of(self, path: str, method: Literal["GET", "HEAD"] = "GET") -> str:
-        """Return an object's URL, signed unless the store is read anonymously.
-
-        Raises:
-            Exception: Of obstore's own classes, if its credentials cannot sign.
-        """
+        """Return an object's URL, signed unless the store is read anonymously."""
         if self.anonymous:
             return self.url_of(path)
         import obstore
@@ -127,16 +107,12 @@ class Source:
         import ssl
 
         context = ssl.create_default_context()
-        certificates = _s3_certificates() if self.scheme == "s3" else None
-        if certificates is not None:
+        if self.scheme == "s3" and (certificates := _s3_certificates()) is not None:
             context.load_verify_locations(cadata=certificates)
         return context
 
     def list_files(self) -> dict[str, RemoteFile]:
-        """List the objects below the URI.
-
-        Returns:
-            The objects by their path.
+        """Return the objects below the URI by their path.
 
         Raises:
             DownloadError: The store refused, there is no object, or one has a path that would
@@ -164,11 +140,7 @@ class Source:
         return files
 
     def read(self, path: str) -> bytes:
-        """Read a small object.
-
-        Raises:
-            DownloadError: The store refused.
-        """
+        """Read a small object."""
         try:
             return bytes(self.store.get(path).bytes())
         except Exception as error:  # obstore raises classes of its own per store
@@ -206,8 +178,8 @@ def open_source(uri: str, caller: Caller = STANDALONE) -> Source:
             options["skip_signature"] = True
         if scheme == "s3":
             options |= _s3_options(anonymous="skip_signature" in options)
-        elif scheme == "gs":
-            options |= _gcs_options()
+        elif scheme == "gs" and (endpoint := gcs_endpoint()) is not None:
+            options |= {"base_url": endpoint.rstrip("/"), "client_options": _client(endpoint)}
         elif scheme == "file":
             options = {}
         return Source(uri, from_url(f"{scheme}://{rest}", **options), caller)
@@ -225,20 +197,24 @@ def s3_endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
+def gcs_endpoint() -> str | None:
+    """Return the URL of a server in place of Google's, as Google's own clients read it."""
+    host = os.environ.get("STORAGE_EMULATOR_HOST")
+    return host if host is None or "://" in host else f"http://{host}"
+
+
+def _client(endpoint: str | None) -> dict[str, Any]:
+    return {**_CLIENT, "allow_http": (endpoint or "").startswith("http://")}
+
+
 def _s3_options(*, anonymous: bool) -> dict[str, Any]:
-    endpoint = s3_endpoint()
-    client: dict[str, Any] = dict(_CLIENT)
-    options: dict[str, Any] = {
-        "region": aws_region(),
-        "endpoint": endpoint,
-        "client_options": client,
-    }
-    if endpoint is not None and endpoint.startswith("http://"):
-        client["allow_http"] = True
-    elif (certificates := _s3_certificates()) is not None:
+    client = _client(s3_endpoint())
+    if not client["allow_http"] and (certificates := _s3_certificates()) is not None:
         client["root_certificate"] = certificates
+    options: dict[str, Any] = {"region": aws_region(), "endpoint": s3_endpoint()}
     if not anonymous and "AWS_ACCESS_KEY_ID" not in os.environ:
-        options |= _boto3_credentials(options["region"])
+        options |= _boto3_credentials()
+    options["client_options"] = client
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -256,21 +232,7 @@ def _s3_certificates() -> str | None:
     return None
 
 
-def gcs_endpoint() -> str | None:
-    """Return the URL of a server in place of Google's, as Google's own clients read it."""
-    host = os.environ.get("STORAGE_EMULATOR_HOST")
-    return host if host is None or "://" in host else f"http://{host}"
-
-
-def _gcs_options() -> dict[str, Any]:
-    endpoint = gcs_endpoint()
-    if endpoint is None:
-        return {}
-    client = {**_CLIENT, "allow_http": endpoint.startswith("http://")}
-    return {"base_url": endpoint.rstrip("/"), "client_options": client}
-
-
-def _boto3_credentials(configured_region: str | None) -> dict[str, Any]:
+def _boto3_credentials() -> dict[str, Any]:
     """Use boto3's credential chain: profiles, SSO, roles; without boto3 obstore's shorter one."""
     try:
         import boto3
@@ -284,7 +246,7 @@ def _boto3_credentials(configured_region: str | None) -> dict[str, Any]:
             "s3://anonymous@bucket for a public bucket"
         )
     provider = Boto3CredentialProvider(session)
-    return {"credential_provider": provider, "region": configured_region or session.region_name}
+    return {"credential_provider": provider, "region": aws_region() or session.region_name}
 
 
 def _open_azure(uri: str, scheme: str) -> ObjectStore:
@@ -298,18 +260,15 @@ def _open_azure(uri: str, scheme: str) -> ObjectStore:
             f"{without_secrets(uri)} names no Azure container; write "
             f"{scheme}://container@account{_AZURE_HOSTS[scheme][0]}/path"
         )
-    options: dict[str, Any] = {}
-    if not any(_AZURE_CREDENTIALS.match(name) for name in os.environ):
-        options |= _azure_identity()
-    endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT") or os.environ.get("AZURE_ENDPOINT", "")
-    client = {**_CLIENT, "allow_http": endpoint.startswith("http://")}
+    configured = any(_AZURE_CREDENTIALS.match(name) for name in os.environ)
+    endpoint = os.environ.get("AZURE_STORAGE_ENDPOINT") or os.environ.get("AZURE_ENDPOINT")
     return AzureStore(
         container,
         account_name=account,
         prefix=parts.path.strip("/") or None,
-        client_options=client,  # type: ignore[arg-type] # a TypedDict, merged
+        client_options=_client(endpoint),  # type: ignore[arg-type] # a TypedDict, merged
         retry_config=_RETRIES,
-        **options,
+        **({} if configured else _azure_identity()),
     )
 
 
@@ -323,13 +282,7 @@ def _azure_identity() -> dict[str, Any]:
 
 
 def failure(what: str, error: Exception, check: str | None = None) -> DownloadError:
-    """Return a store's error as ours: its own message, and what to check.
-
-    Args:
-        what: What could not be done.
-        error: What obstore raised.
-        check: What to check, unless the error itself shows that.
-    """
+    """Return a store's error as ours: its own message, and what to check if it does not say."""
     from obstore.exceptions import PermissionDeniedError, PreconditionError, UnauthenticatedError
 
     text = message_of(error)

@@ -1,11 +1,8 @@
 """The transfer itself: parallel ranges, verified, resumed, and published by rename.
 
 While an object is fetched its bytes are in a partial file, see `rayserve_hooks.download.partials`.
-Every request is pinned to the listed version.
-
-The size is always verified, and the store's checksum if there is one: an ETag that is an MD5, or
-the one in the response to a HEAD request, see `rayserve_hooks.download.heads`. Otherwise only size
-and version are.
+Every request is pinned to the listed version. The size is always verified, and the store's checksum
+if there is one, see `rayserve_hooks.download.checksums`.
 """
 
 from __future__ import annotations
@@ -23,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rayserve_hooks.download.checksums import checksum_of, checksum_text
+from rayserve_hooks.download import checksums
+from rayserve_hooks.download.caller import Progress
+from rayserve_hooks.download.checksums import Heads, expected_checksum
 from rayserve_hooks.download.direct import DirectReader
-from rayserve_hooks.download.heads import Head, Heads, expected_checksum
 from rayserve_hooks.download.partials import PartialFile, Span, plan
-from rayserve_hooks.download.progress import Progress
 from rayserve_hooks.download.stores import RemoteFile, failure
 from rayserve_hooks.errors import DownloadError, describe
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, GetResult
+    from obstore import GetOptions
 
 # Of obstore's bodies. Small enough that a buffer is reused: larger ones take longer to allocate
 # than to fill. Memory in use is about three chunks per stream, or all small files being fetched.
@@ -62,15 +59,10 @@ class DamagedError(DownloadError):
 
 @dataclass(frozen=True)
 class Content:
-    """What is known of a file's content.
+    """What is known of a file's content."""
 
-    Args:
-        checksum: ``"<algorithm>:<value>"``; None if no installed library computes a fast one.
-        verified: ``"checksum"`` if the store has the same one, ``"size"`` if it has none.
-    """
-
-    checksum: str | None
-    verified: str
+    checksum: str | None  # "<algorithm>:<value>"; None if no installed library computes a fast one
+    verified: str  # "checksum" if the store has the same one, "size" if it has none
 
 
 T = TypeVar("T")
@@ -160,15 +152,14 @@ class _Transfer:
 
     def run(self, partials: list[PartialFile]) -> None:
         damaged = self._pass(partials)
+        for partial, error in damaged:
+            self._caller.logger.warning("fetching once more: %s", error)
+            self._progress.add(-partial.file.size)
+            partial.discard()
+        damaged = self._pass([partial for partial, _ in damaged])
+        for partial, _ in damaged:
+            partial.discard()
         if damaged:
-            for partial, error in damaged:
-                self._caller.logger.warning("fetching once more: %s", error)
-                self._progress.add(-partial.file.size)
-                partial.discard()
-            damaged = self._pass([partial for partial, _ in damaged])
-        if damaged:
-            for partial, _ in damaged:
-                partial.discard()
             raise damaged[0][1]
 
     def _pass(self, partials: list[PartialFile]) -> list[tuple[PartialFile, DamagedError]]:
@@ -176,13 +167,12 @@ class _Transfer:
         self._damaged = []
         small = deque(partial for partial in partials if partial.file.size <= SMALL_BYTES)
         large = [partial for partial in partials if partial.file.size > SMALL_BYTES]
-        # Submitted first, so that they are done while the ranges are being fetched.
-        for partial in large:
-            if self._heads.wanted(partial.file):
-                partial.head = self._head_pool.submit(self._heads.of, partial.file)
-        # None instead of a range: the run that fetched them all was killed before it published.
         spans: deque[tuple[PartialFile, Span | None]] = deque()
         for partial in large:
+            # Submitted first, so that they are done while the ranges are being fetched.
+            if self._heads.wanted(partial.file):
+                partial.head = self._head_pool.submit(self._heads.of, partial.file)
+            # None instead of a range: the run that fetched them all was killed before it published.
             spans.extend((partial, span) for span in partial.missing or (None,))
         with ThreadPoolExecutor(SMALL_STREAMS + STREAMS, "fetch") as pool:
             threads = range(min(SMALL_STREAMS, len(small)))
@@ -214,8 +204,7 @@ class _Transfer:
 
     def _fetch_small(self, partial: PartialFile) -> None:
         data = bytearray()
-        if partial.file.size:
-            self._receive(partial.file, (0, partial.file.size), lambda _, chunk: data.extend(chunk))
+        self._receive(partial.file, (0, partial.file.size), lambda _, part: data.extend(part))
         if self._heads.wanted(partial.file):  # here, because this pool is the larger one
             partial.head = Future()
             partial.head.set_result(self._heads.of(partial.file))
@@ -225,20 +214,10 @@ class _Transfer:
             if not self._publishers.acquire(blocking=len(self._arrived) > SMALL_STREAMS):
                 return
             try:
-                self._publish_arrived()
+                for arrived, content in _drained(self._arrived):
+                    self._finish(arrived, content)
             finally:
                 self._publishers.release()
-
-    def _publish_arrived(self) -> None:
-        for partial, data in _drained(self._arrived):
-            try:
-                content = self._verified(partial, functools.partial(checksum_of, data))
-                partial.write_whole(memoryview(data))
-                self._publish(partial.file, content, partial.path)
-            except DamagedError as error:
-                self._damaged.append((partial, error))
-            except OSError as error:
-                raise unwritable(error, partial.target) from error
 
     def _fetch_large(self, job: tuple[PartialFile, Span | None]) -> None:
         partial, span = job
@@ -248,50 +227,40 @@ class _Transfer:
             last = len(partial.done) == len(partial.spans) and not partial.finishing
             partial.finishing |= last
         if last:
-            try:
-                self._finish(partial)
-            except DamagedError as error:
-                self._damaged.append((partial, error))
-            except OSError as error:
-                raise unwritable(error, partial.target) from error
+            self._finish(partial)
 
     def _fetch_span(self, partial: PartialFile, span: Span) -> None:
-        crc, update = 0, _crc64nvme()
+        crc = checksums.new_hash("crc64nvme")
 
-        def write(offset: int, chunk: memoryview) -> None:
-            nonlocal crc
-            partial.write(offset, chunk)
-            crc = update(chunk, crc)
+        def write(offset: int, part: memoryview) -> None:
+            partial.write(offset, part)
+            if crc is not None:
+                crc.update(part)
 
         try:
             with self._lock:
                 partial.open()
-            start = self._take(self.direct.read(partial.file, span), partial.file, span, write)
+            # Closed here, also where a failed download leaves it half read: its connection, too.
+            with contextlib.closing(self.direct.read(partial.file, span)) as parts:
+                start = self._take(parts, partial.file, span, write)
             self._receive(partial.file, (start, span[1]), write)
-            partial.crcs[span[0]] = crc
+            if crc is not None:
+                partial.crcs[span[0]] = crc.digest()
             partial.finish_span(span)
         except OSError as error:
             raise unwritable(error, partial.path) from error
 
     def _receive(self, file: RemoteFile, span: Span, consume: Consume) -> None:
-        """Fetch a range in order; resume where a body broke off."""
+        """Consume a range in order; resume where a body breaks off."""
+        self._take(self._parts(file, span), file, span, consume)
+
+    def _parts(self, file: RemoteFile, span: Span) -> Iterator[memoryview]:
         import obstore
         from obstore.exceptions import GenericError
 
         start, end = span
         what = f"cannot fetch {file.path!r} of {self._source.uri}"
         problem: Exception | None = None
-
-        def chunks_of(result: GetResult) -> Iterator[memoryview]:
-            nonlocal problem
-            try:
-                for chunk in result.stream(CHUNK_BYTES):
-                    yield memoryview(chunk)
-            except GenericError as error:
-                problem = error
-            except Exception as error:  # obstore raises classes of its own per store
-                raise failure(what, error) from error
-
         attempts = 0
         while start < end:
             if attempts == BODY_ATTEMPTS:
@@ -309,54 +278,64 @@ class _Transfer:
                 options["if_match"] = file.etag
             if (start, end) != (0, file.size):
                 options["range"] = (start, end)
+            result = None
             try:
                 result = obstore.get(self._source.store, file.path, options=options)
-            except Exception as error:  # as above
-                raise failure(what, error) from error
-            start = self._take(chunks_of(result), file, (start, end), consume)
+                for chunk in result.stream(CHUNK_BYTES):
+                    yield memoryview(chunk)
+                    start += len(chunk)
+            except Exception as error:  # obstore raises classes of its own per store
+                if result is None or not isinstance(error, GenericError):
+                    raise failure(what, error) from error
+                problem = error
 
     def _take(
-        self, chunks: Iterator[memoryview], file: RemoteFile, span: Span, consume: Consume
+        self, parts: Iterator[memoryview], file: RemoteFile, span: Span, consume: Consume
     ) -> int:
-        """Consume the parts of a range; return the offset of the first byte after them."""
+        """Consume parts of a range; return the offset of the first byte after them."""
         start, end = span
-        for chunk in chunks:
+        for part in parts:
             if self._stop.is_set():
                 raise DownloadError(
                     f"cannot fetch {file.path!r} of {self._source.uri}: another file has failed"
                 )
             # Excess bytes would belong to another range.
-            view = chunk[: end - start]
+            view = part[: end - start]
             consume(start, view)
             start += len(view)
             self._progress.add(len(view))
         return start
 
-    def _finish(self, partial: PartialFile) -> None:
-        partial.close()
-        size = os.path.getsize(partial.path)
-        if size != partial.file.size:
-            raise DamagedError(
-                f"{partial.file.path!r} of {self._source.uri} has {size} bytes on disk, but "
-                f"{partial.file.size} in the store"
-            )
-        content = self._verified(partial, functools.partial(_digest, partial))
-        self._publish(partial.file, content, partial.path)
-        partial.remove_journal()
+    def _finish(self, partial: PartialFile, data: bytearray | None = None) -> None:
+        """Verify and publish a file, which is still in memory if it is a small one."""
+        try:
+            partial.close()
+            size = os.path.getsize(partial.path) if data is None else len(data)
+            if size != partial.file.size:
+                raise DamagedError(
+                    f"{partial.file.path!r} of {self._source.uri} has {size} bytes on disk, but "
+                    f"{partial.file.size} in the store"
+                )
+            content = self._verified(partial, Path(partial.path) if data is None else data)
+            if data is not None:
+                partial.write_whole(data)
+            self._publish(partial.file, content, partial.path)
+            partial.remove_journal()
+        except DamagedError as error:
+            self._damaged.append((partial, error))
+        except OSError as error:
+            raise unwritable(error, partial.target) from error
 
-    def _verified(self, partial: PartialFile, compute: Callable[[str], str | None]) -> Content:
-        file = partial.file
-
-        def compare(head: Head | None) -> tuple[str | None, str | None]:
-            expected = expected_checksum(file, head)
-            return expected, expected and compute(expected.partition(":")[0])
-
-        expected, got = compare(partial.head.result() if partial.head else None)
+    def _verified(self, partial: PartialFile, data: Path | bytearray) -> Content:
+        file, digest = partial.file, functools.partial(_digest, partial, data)
+        expected = expected_checksum(file, partial.head.result() if partial.head else None)
+        got = expected and digest(expected.partition(":")[0])
         if got != expected and partial.head is None:
             # The ETag of an object that is encrypted with a key only looks like an MD5.
-            expected, got = compare(self._heads.of(file))
+            expected = expected_checksum(file, self._heads.of(file))
+            got = expected and digest(expected.partition(":")[0])
         if expected is None:
-            return Content(compute("crc64nvme"), "size")
+            return Content(digest("crc64nvme"), "size")
         if got != expected:
             raise DamagedError(
                 f"{file.path!r} of {self._source.uri} has the checksum {expected!r} in the store, "
@@ -373,16 +352,7 @@ def _drained(queue: deque[T]) -> Iterator[T]:
             yield queue.popleft()
 
 
-def _crc64nvme() -> Callable[[memoryview, int], int]:
-    """Return the function that updates a checksum; without its library one that returns 0."""
-    try:
-        from awscrt.checksums import crc64nvme
-    except ImportError:
-        return lambda data, crc: 0
-    return crc64nvme  # type: ignore[no-any-return]
-
-
-def _digest(partial: PartialFile, algorithm: str) -> str | None:
+def _digest(partial: PartialFile, data: Path | bytearray, algorithm: str) -> str | None:
     """Return a file's checksum, combined from its ranges' if this run has fetched all of them."""
     if algorithm == "crc64nvme" and len(partial.crcs) == len(partial.spans):
         with contextlib.suppress(ImportError):
@@ -390,6 +360,6 @@ def _digest(partial: PartialFile, algorithm: str) -> str | None:
 
             crc = 0
             for start, end in partial.spans:
-                crc = combine_crc64nvme(crc, partial.crcs[start], end - start)
-            return checksum_text(algorithm, crc.to_bytes(8, "big"))
-    return checksum_of(Path(partial.path), algorithm)
+                crc = combine_crc64nvme(crc, int.from_bytes(partial.crcs[start]), end - start)
+            return checksums.checksum_text(algorithm, crc.to_bytes(8))
+    return checksums.checksum_of(data, algorithm)

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 import rayserve_hooks
 from rayserve_hooks import get_plugin_manager
+from rayserve_hooks.cluster.stacks import stack_of
 
 pytestmark = pytest.mark.ray
 
@@ -237,3 +238,33 @@ def test_unknown_callback_kwargs() -> None:
     )
     with pytest.raises(ValueError, match="callback_kwargs has unknown key 'callback'"):
         get_plugin_manager(config)
+
+
+def test_an_instance_in_a_config_of_ray_travels_too() -> None:
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "m"},
+        callback_config={
+            "callback_class": "rayserve_hooks.HooksCallback",
+            "callback_kwargs": {"callbacks": [Callback()]},
+        },
+    )
+    (entry,) = pickle.loads(pickle.dumps(stack_of(config))).entries
+    assert isinstance(entry.create(), Callback)
+
+
+def test_an_instance_in_a_config_of_ray_that_cannot_travel() -> None:
+    from ray.serve.llm import LLMConfig
+
+    callback = Callback()
+    callback.on_before_init(None)
+    config = LLMConfig(
+        model_loading_config={"model_id": "m"},
+        callback_config={
+            "callback_class": "rayserve_hooks.HooksCallback",
+            "callback_kwargs": {"callbacks": [callback]},
+        },
+    )
+    with pytest.raises(ValueError, match="its attribute 'stream', a generator"):
+        stack_of(config)

@@ -355,18 +355,6 @@ def test_a_failure_removes_the_group_that_was_created(hook: str) -> None:
     assert group_states().count("CREATED") == before
 
 
-def test_a_failure_after_the_nodes_are_ready_shows_each_call_once(
-    ray_cluster: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    logging.getLogger("ray.serve").propagate = True
-    fail = {"callback": "lifecycle_callbacks:Fail", "kwargs": {"hook": "on_after_init"}}
-    with pytest.raises(HookError, match="'Fail' failed in hook on_after_init"):
-        initialize(config(SPREAD, "lifecycle_callbacks:Plain", fail))
-    (text,) = {r.getMessage() for r in caplog.records if "what ran until then" in r.getMessage()}
-    there = rf"^on_before_download +Plain +node +\d+ +{ray_cluster.other_id[:8]} "
-    assert len(re.findall(there, text, re.MULTILINE)) == 1, text
-
-
 def test_a_value_that_cannot_travel_names_key_and_callback() -> None:
     with pytest.raises(
         HookError,

@@ -3,695 +3,127 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
-import threading
-from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
-from plugins_for_tests import hook_log, make_ctx, make_manager
+from plugins_for_tests import make_ctx, make_manager
 
-from rayserve_hooks.cluster import _ray, node
-from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo
-from rayserve_hooks.core import threads as aio
+from rayserve_hooks.cluster import node
+from rayserve_hooks.cluster.travel import ModelSource
+from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, NodeModelDownloadable, NodeResult
+from rayserve_hooks.core import threads
 from rayserve_hooks.core.limits import TimeLimits
-from rayserve_hooks.core.loading import parse_callbacks
-from rayserve_hooks.core.manager import CallbackStack, PluginManager
-from rayserve_hooks.errors import HookError
-from rayserve_hooks.hookspecs import hookimpl
+from rayserve_hooks.core.manager import PluginManager
+from rayserve_hooks.errors import HookError, Phase
 
 HERE = "on node n1 (10.0.0.1)"
-FIX = "; fix the callback, or set 'on_error: warn' on it to go on without it"
-NODE_2 = NodeInfo("n2", "10.0.0.2", is_local=False)
-FOREVER = 30  # no test waits so long unless it fails
 
 
-def starts(name: str, *functions: Callable[..., object], on_error: str = "raise") -> dict[str, Any]:
-    """Make a callback that starts functions in the background of its first hook."""
-
-    class Starts:
-        def on_before_init(self, ctx: CallbackCtx) -> None:
-            for function in functions:
-                ctx.run_in_background(function)
-
-    return {"callback": Starts, "name": name, "on_error": on_error}
+class Takes:
+    def on_before_download(self, ctx: CallbackCtx) -> Handled:
+        return Handled("/brought")
 
 
-def hooked(run: Callable[[CallbackCtx], object], hook: str = "on_before_init") -> dict[str, Any]:
-    """Make a callback named as ``run``."""
+class Assigns:
+    def __init__(self, field: str) -> None:
+        self.field = field
 
-    def method(self: object, ctx: CallbackCtx) -> object:
-        return run(ctx)
-
-    return {"callback": type("Hooked", (), {hook: method}), "name": run.__name__}
-
-
-async def before_init(manager: PluginManager, ctx: CallbackCtx) -> Any:
-    chain = aio.run_in_thread(manager.hook.on_before_init, ctx=ctx)
-    return await node.with_background(manager, ctx, chain)
-
-
-def run(*callbacks: object, ctx: CallbackCtx | None = None) -> CallbackCtx:
-    ctx = ctx or make_ctx()
-    asyncio.run(before_init(make_manager(*callbacks), ctx))
-    return ctx
-
-
-def calls(ctx: CallbackCtx) -> list[tuple[str, str, str]]:
-    return [(entry.callback, entry.background, entry.outcome) for entry in ctx.trace]
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        setattr(ctx, self.field, "TOKENIZER_ONLY")
 
 
 @pytest.fixture
-def release() -> Iterator[threading.Event]:
-    """Let threads that hang go when the test has ended."""
-    event = threading.Event()
-    yield event
-    event.set()
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Note each default download instead of doing it."""
+    noted: list[dict[str, Any]] = []
+
+    def download(model_id: str, mirror: object, mode: object, **options: Any) -> str:
+        noted.append({"model_id": model_id, "mode": mode, "from_hub": options["from_hub"]})
+        return "/downloaded"
+
+    monkeypatch.setattr(node, "download_node", download)
+    return noted
 
 
-@pytest.fixture
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aio, "_GIVE_UP_S", 0.01)
+def initialize(manager: PluginManager, ctx: CallbackCtx) -> tuple[NodeResult, list[Phase]]:
+    phases: list[Phase] = []
+    stage = node.initialize_this_node(manager, ctx, ModelSource("org/m", None), phases.append)
+    return asyncio.run(stage), phases
 
 
-def test_background_tasks_run_beside_each_other_and_the_next_hook() -> None:
-    together = threading.Barrier(4)
+def test_a_result_of_the_hook_replaces_the_download(downloads: list[dict[str, Any]]) -> None:
+    ctx = make_ctx()
+    result, phases = initialize(make_manager(Takes), ctx)
+    assert (result.node, result.model_path, result.handled) == (
+        ctx.node,
+        "/brought",
+        Handled("/brought"),
+    )
+    assert result.download_s == 0.0
+    assert phases == ["before download"]
+    assert downloads == []
 
-    def meet(*_: object) -> None:
-        together.wait(FOREVER)
 
-    ctx = run(starts("A", meet, meet, meet), hooked(meet))
-    assert not together.broken
-    assert calls(ctx) == [
-        ("A", "", "returned"),
-        *[("A", "meet", "returned")] * 3,
-        ("meet", "", "returned"),
+def test_without_one_the_download_follows(downloads: list[dict[str, Any]]) -> None:
+    result, phases = initialize(make_manager(), make_ctx())
+    assert (result.model_path, result.handled) == ("/downloaded", None)
+    assert phases == ["before download", "download"]
+    assert downloads == [
+        {
+            "model_id": "org/m",
+            "mode": NodeModelDownloadable.MODEL_AND_TOKENIZER,
+            "from_hub": False,
+        }
     ]
-
-
-def test_the_node_waits_for_its_background_tasks() -> None:
-    chain_ended = threading.Event()
-
-    def ends_last() -> None:
-        assert chain_ended.wait(FOREVER)
-
-    async def chain(manager: PluginManager, ctx: CallbackCtx) -> Any:
-        result = await aio.run_in_thread(manager.hook.on_before_init, ctx=ctx)
-        chain_ended.set()
-        return result
-
-    def takes(ctx: CallbackCtx) -> Handled:
-        return Handled("/m")
-
-    manager, ctx = make_manager(starts("A", ends_last), hooked(takes)), make_ctx()
-    work = node.with_background(manager, ctx, chain(manager, ctx))
-    assert asyncio.run(work) == Handled("/m")
-    assert ctx.trace[1].outcome == "returned"
-
-
-def test_a_background_task_may_start_another() -> None:
-    ended = threading.Event()
-
-    class Starts:
-        def on_before_init(self, ctx: CallbackCtx) -> None:
-            ctx.run_in_background(self.first, ctx)
-            assert ended.wait(FOREVER)
-
-        def first(self, ctx: CallbackCtx) -> None:
-            ctx.run_in_background(ended.set)
-
-    assert calls(run(Starts)) == [
-        ("Starts", "", "returned"),
-        ("Starts", "first", "returned"),
-        ("Starts", "set", "returned"),
-    ]
-
-
-def test_a_background_task_gets_its_arguments_and_gives_its_result() -> None:
-    def adds(ctx: CallbackCtx) -> None:
-        ctx.custom_data["sum"] = ctx.run_in_background(int.__add__, 1, 2).result(FOREVER)
-
-    assert run(hooked(adds)).custom_data["sum"] == 3
-
-
-def test_an_async_callback_starts_an_async_task_on_its_own_loop() -> None:
-    class Starts:
-        async def on_before_init(self, ctx: Any) -> None:
-            ctx.custom_data["loops"] = [asyncio.get_running_loop()]
-            ctx.run_in_background(self.later, ctx)
-
-        async def later(self, ctx: CallbackCtx) -> None:
-            ctx.custom_data["loops"].append(asyncio.get_running_loop())
-
-    first, second = run(Starts).custom_data["loops"]
-    assert first is second
-
-
-def test_a_background_task_may_call_a_hook_with_an_async_callback() -> None:
-    class Inner:
-        async def on_before_download(self, ctx: CallbackCtx) -> Handled:
-            return Handled("/m")
-
-    inner = make_manager(Inner)
-
-    class Calls:
-        def on_before_init(self, ctx: CallbackCtx) -> None:
-            call = ctx.run_in_background(lambda: inner.hook.on_before_download(ctx=ctx))
-            ctx.custom_data["result"] = call.result(FOREVER)
-
-    assert run(Calls).custom_data["result"] == Handled("/m")
-
-
-def fetch() -> None:
-    raise ValueError("boom")
-
-
-async def fetch_async() -> None:
-    raise ValueError("boom")
-
-
-@pytest.mark.parametrize("function", [fetch, fetch_async])
-def test_a_failed_background_task_names_callback_hook_and_task(function: Any) -> None:
-    ctx = make_ctx()
-    with pytest.raises(HookError) as caught:
-        run(starts("A", function), ctx=ctx)
-    assert str(caught.value) == (
-        f"callback 'A' failed in hook on_before_init {HERE} (phase: before init): its background "
-        f"task {function.__name__!r} raised ValueError: boom{FIX}"
-    )
-    assert type(caught.value.__cause__) is ValueError
-    assert calls(ctx)[1] == ("A", function.__name__, "failed")
-
-
-def test_a_failed_background_task_ends_the_chain_and_the_other_tasks() -> None:
-    ctx = make_ctx()
-
-    async def main() -> None:
-        waiting, cleaned = [asyncio.Event(), asyncio.Event()], [asyncio.Event(), asyncio.Event()]
-
-        async def waits(number: int) -> None:
-            waiting[number].set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                cleaned[number].set()
-
-        async def fails() -> None:
-            for event in waiting:
-                await event.wait()
-            raise ValueError("boom")
-
-        class Waits:
-            async def on_before_init(self, ctx: Any) -> None:
-                ctx.run_in_background(waits, 0)
-                ctx.run_in_background(fails)
-                await waits(1)
-
-        class Never:
-            def on_before_init(self, ctx: CallbackCtx) -> None:
-                raise AssertionError("started after the failure")
-
-        with pytest.raises(HookError, match="its background task 'fails' raised"):
-            await before_init(make_manager(Waits, Never), ctx)
-        for event in cleaned:
-            await asyncio.wait_for(event.wait(), FOREVER)
-
-    asyncio.run(main())
-    assert [call[0] for call in calls(ctx)] == ["Waits"] * 3
-
-
-def test_a_failed_chain_ends_its_background_tasks() -> None:
-    async def main() -> None:
-        waiting, cleaned = asyncio.Event(), asyncio.Event()
-
-        async def waits() -> None:
-            waiting.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                cleaned.set()
-
-        class Fails:
-            async def on_before_init(self, ctx: Any) -> None:
-                ctx.run_in_background(waits)
-                await waiting.wait()
-                await asyncio.sleep(2 * node._POLL_S)  # until the task has been noticed
-                raise ValueError("boom")
-
-        with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
-            await before_init(make_manager(Fails), make_ctx())
-        await asyncio.wait_for(cleaned.wait(), FOREVER)
-
-    asyncio.run(main())
-
-
-def test_a_task_that_was_started_right_before_the_failure_is_ended_too() -> None:
-    async def main() -> None:
-        waiting, cleaned = asyncio.Event(), asyncio.Event()
-
-        async def waits() -> None:
-            waiting.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                cleaned.set()
-
-        class Fails:
-            async def on_before_init(self, ctx: Any) -> None:
-                ctx.run_in_background(waits)
-                await waiting.wait()
-                raise ValueError("boom")
-
-        with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
-            await before_init(make_manager(Fails), make_ctx())
-        await asyncio.wait_for(cleaned.wait(), 1)
-
-    asyncio.run(main())
-
-
-def test_on_error_warn_logs_a_failed_background_task(caplog: pytest.LogCaptureFixture) -> None:
-    with hook_log(caplog):
-        ctx = run(starts("A", fetch, on_error="warn"))
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert "its background task 'fetch' raised ValueError: boom" in record.getMessage()
-    assert record.getMessage().endswith("(on_error: warn, going on)")
-    assert "Traceback (most recent call last):" in caplog.text
-    assert calls(ctx) == [("A", "", "returned"), ("A", "fetch", "warned")]
-
-
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_an_exit_of_a_background_task_comes_through(
-    error: type[BaseException], on_error: str
-) -> None:
-    def exits() -> None:
-        raise error
-
-    with pytest.raises(error):
-        run(starts("A", exits, on_error=on_error))
-
-
-def test_a_background_task_that_raises_stop_iteration_fails_like_any_other() -> None:
-    def takes_the_next() -> object:
-        return next(iter([]))
-
-    async def main() -> None:
-        work = before_init(make_manager(starts("A", takes_the_next)), make_ctx())
-        await asyncio.wait_for(work, 2)
-
-    text = r"its background task 'takes_the_next' raised .*StopIteration"
-    with pytest.raises(HookError, match=text):
-        asyncio.run(main())
-
-
-def test_outside_of_a_hook_nothing_can_run_in_the_background() -> None:
-    text = r"^ctx.run_in_background\(\) works in hooks only; call it from a hook$"
-    with pytest.raises(RuntimeError, match=text):
-        make_ctx().run_in_background(fetch)
-
-
-def test_a_callable_without_a_name_is_named_by_its_class() -> None:
-    class Fetch:
-        def __call__(self) -> None:
-            pass
-
-    assert calls(run(starts("A", Fetch())))[1] == ("A", "Fetch", "returned")
-
-
-async def limited(
-    manager: PluginManager, ctx: CallbackCtx, ended: threading.Event | None = None
-) -> None:
-    """Call the first hook with a time limit; ``ended`` is set when its thread has ended."""
-
-    def chain() -> None:
-        try:
-            manager.hook.on_before_init(ctx=ctx)
-        finally:
-            if ended is not None:
-                ended.set()
-
-    async with node.time_limit("on_before_init", 0.05, ctx, "before init"):
-        await aio.run_in_thread(chain)
-
-
-TOO_LATE = (
-    f"failed in hook on_before_init {HERE} (phase: before init): not done after 0.05 s, the time "
-    "limit 'on_before_init'; see what it waits for, or raise the limit in time_limits"
-)
-
-
-@pytest.mark.usefixtures("_impatient")
-def test_a_hook_that_blocks_for_ever_is_given_up(release: threading.Event) -> None:
-    def blocks(ctx: CallbackCtx) -> None:
-        release.wait()
-
-    ctx = make_ctx()
-    with pytest.raises(HookError) as caught:
-        asyncio.run(limited(make_manager(hooked(blocks)), ctx))
-    assert str(caught.value) == f"callback 'blocks' {TOO_LATE}"
-    assert isinstance(caught.value.__cause__, TimeoutError)
-    assert calls(ctx) == [("blocks", "", "timed out")]
-
-
-@pytest.mark.usefixtures("_impatient")
-def test_after_a_hook_was_given_up_none_of_its_chain_starts(release: threading.Event) -> None:
-    def blocks(ctx: CallbackCtx) -> None:
-        release.wait()
-
-    def never(ctx: CallbackCtx) -> None:
-        raise AssertionError("started after the time limit")
-
-    ctx, ended = make_ctx(), threading.Event()
-    with pytest.raises(HookError, match="callback 'blocks' failed"):
-        asyncio.run(limited(make_manager(hooked(blocks), hooked(never)), ctx, ended))
-    release.set()
-    assert ended.wait(FOREVER)
-    assert calls(ctx) == [("blocks", "", "timed out")]
-
-
-def test_an_async_hook_that_waits_for_ever_is_cancelled() -> None:
-    cleaned = threading.Event()
-
-    class Waits:
-        async def on_before_init(self, ctx: CallbackCtx) -> None:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                cleaned.set()
-
-    with pytest.raises(HookError, match=r"not done after 0.05 s, the time limit 'on_before_init'"):
-        asyncio.run(limited(make_manager(Waits), make_ctx()))
-    assert cleaned.is_set()
-
-
-def test_an_async_hook_that_waits_for_ever_is_named() -> None:
-    async def waits(ctx: CallbackCtx) -> None:
-        await asyncio.Event().wait()
-
-    ctx = make_ctx()
-    with pytest.raises(HookError) as caught:
-        asyncio.run(limited(make_manager(hooked(waits)), ctx))
-    assert str(caught.value) == f"callback 'waits' {TOO_LATE}"
-    assert calls(ctx) == [("waits", "", "timed out")]
-
-
-def test_a_step_without_a_callback_is_given_up_without_naming_one() -> None:
-    async def main() -> None:
-        async with node.time_limit("download", 0.01, make_ctx(), "download"):
-            await asyncio.Event().wait()
-
-    with pytest.raises(HookError) as caught:
-        asyncio.run(main())
-    assert str(caught.value) == (
-        f"node initialization failed {HERE} (phase: download): not done after 0.01 s, the time "
-        "limit 'download'; see what it waits for, or raise the limit in time_limits"
-    )
-
-
-def test_a_timeout_of_the_callbacks_own_is_its_failure() -> None:
-    def times_out(ctx: CallbackCtx) -> None:
-        raise TimeoutError("the store does not answer")
-
-    with pytest.raises(HookError, match="TimeoutError: the store does not answer;"):
-        asyncio.run(limited(make_manager(hooked(times_out)), make_ctx()))
-
-
-def test_a_timeout_of_a_step_is_not_taken_for_the_limit() -> None:
-    async def main() -> None:
-        async with node.time_limit("download", 60, make_ctx(), "download"):
-            raise TimeoutError("the store does not answer")
-
-    with pytest.raises(TimeoutError, match=r"^the store does not answer$"):
-        asyncio.run(main())
-
-
-def test_no_limit_is_none() -> None:
-    async def main() -> None:
-        async with node.time_limit("download", None, make_ctx(), "download"):
-            await asyncio.sleep(0)
-
-    asyncio.run(main())
-
-
-def cleans(name: str, run: Callable[[CallbackCtx], object] = lambda ctx: None) -> dict[str, Any]:
-    class Cleans:
-        def on_before_init(self, ctx: CallbackCtx) -> None:
-            pass
-
-        def on_init_failed(self, ctx: CallbackCtx) -> None:
-            ctx.custom_data.setdefault("cleaned", []).append(name)
-            run(ctx)
-
-    return {"callback": Cleans, "name": name}
-
-
-def clean_up(manager: PluginManager, ctx: CallbackCtx, *started: str) -> list[HookError]:
-    return asyncio.run(node.clean_up(manager, ctx, ValueError("the first failure"), started))
-
-
-def test_who_had_started_in_this_process_or_another_of_the_node_cleans_up() -> None:
-    def takes(ctx: CallbackCtx) -> Handled:
-        return Handled()
-
-    manager = make_manager(cleans("here"), hooked(takes), cleans("there"), cleans("idle"))
-    ctx = make_ctx()
-    manager.hook.on_before_init(ctx=ctx)
-    assert clean_up(manager, ctx, "there") == []
-    assert ctx.custom_data["cleaned"] == ["there", "here"]
-
-
-def test_who_had_started_on_another_node_only_does_not_clean_up_here() -> None:
-    manager, ctx, elsewhere = make_manager(cleans("A")), make_ctx(), make_ctx(role="node")
-    manager.hook.on_before_init(ctx=elsewhere)
-    elsewhere.trace[0].node_id = "n2"
-    ctx.trace.extend(list(elsewhere.trace))
-    clean_up(manager, ctx)
-    assert "cleaned" not in ctx.custom_data
-
-
-@pytest.mark.usefixtures("_impatient")
-def test_a_clean_up_that_blocks_for_ever_is_given_up(release: threading.Event) -> None:
-    def blocks(ctx: CallbackCtx) -> None:
-        release.wait()
-
-    limits = TimeLimits(on_init_failed=0.05)
-    manager = make_manager(cleans("A"), cleans("B", blocks), time_limits=limits)
-    ctx = make_ctx()
-    (failure,) = clean_up(manager, ctx, "A", "B")
-    assert str(failure) == (
-        f"callback 'B' failed in hook on_init_failed {HERE} (phase: clean-up): not done after "
-        "0.05 s, the time limit 'on_init_failed'; see what it waits for, or raise the limit in "
-        "time_limits"
-    )
-    assert ctx.custom_data["cleaned"] == ["B"]
-
-
-def test_a_clean_up_after_a_hook_that_was_given_up(release: threading.Event) -> None:
-    def blocks(ctx: CallbackCtx) -> None:
-        release.wait()
-
-    ctx = make_ctx()
-    manager = make_manager(cleans("A"), hooked(blocks))
-    with pytest.raises(HookError, match="callback 'blocks' failed"):
-        asyncio.run(limited(manager, ctx))
-    assert clean_up(manager, ctx) == []
-    assert ctx.custom_data["cleaned"] == ["A"]
 
 
 @pytest.mark.parametrize(("is_local", "field"), [(True, "local"), (False, "worker")])
-def test_each_kind_of_node_has_its_download_mode(is_local: bool, field: str) -> None:
-    ctx = make_ctx(**{f"{field}_node_download_model": "NONE"})
-    object.__setattr__(ctx, "_node", NodeInfo("n1", "10.0.0.1", is_local=is_local))
-    assert node.download_mode_here(ctx).name == "NONE"
+def test_each_kind_of_node_has_its_download_mode(
+    is_local: bool, field: str, downloads: list[dict[str, Any]]
+) -> None:
+    here = NodeInfo("n1", "10.0.0.1", is_local=is_local)
+    ctx = make_ctx(node=here, **{f"{field}_node_download_model": "NONE"})
+    initialize(make_manager(), ctx)
+    assert [download["mode"] for download in downloads] == [NodeModelDownloadable.NONE]
 
 
-def unpicklable(ctx: CallbackCtx) -> None:
-    ctx.custom_data["client"] = (number for number in range(1))
+@pytest.mark.parametrize(("field", "assigned"), [("local", True), ("worker", False)])
+def test_a_mode_that_a_callback_has_assigned_asks_the_hub_too(
+    field: str, assigned: bool, downloads: list[dict[str, Any]]
+) -> None:
+    callback = {"callback": Assigns, "kwargs": {"field": f"{field}_node_download_model"}}
+    initialize(make_manager(callback), make_ctx())
+    assert [download["from_hub"] for download in downloads] == [assigned]
 
 
-CANNOT_TRAVEL = (
-    "ctx.custom_data['client'] cannot be sent to another process: TypeError: cannot pickle "
-    "'generator' object; store plain data there and keep the object on the callback"
-)
-
-
-def test_a_value_that_cannot_travel_names_its_key_and_who_set_it() -> None:
-    ctx = run(hooked(unpicklable))
-    with pytest.raises(HookError) as caught:
-        node.pack_custom_data(ctx)
-    assert str(caught.value) == (
-        f"callback 'unpicklable' failed in hook on_before_init {HERE} (phase: before download): "
-        f"{CANNOT_TRAVEL}"
-    )
-
-
-def test_a_value_that_nobody_set_cannot_travel_either() -> None:
+def test_a_mode_assigned_outside_of_a_hook_does_not(downloads: list[dict[str, Any]]) -> None:
     ctx = make_ctx()
-    unpicklable(ctx)
+    ctx.local_node_download_model = "TOKENIZER_ONLY"
+    initialize(make_manager(), ctx)
+    assert [(d["mode"].name, d["from_hub"]) for d in downloads] == [("TOKENIZER_ONLY", False)]
+
+
+def test_a_download_that_fails_names_the_node_and_no_callback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*args: object, **options: object) -> str:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(node, "download_node", fails)
     with pytest.raises(HookError) as caught:
-        node.pack_custom_data(ctx)
+        initialize(make_manager(), make_ctx())
     assert str(caught.value) == (
-        f"node initialization failed {HERE} (phase: before download): {CANNOT_TRAVEL}"
+        f"node initialization failed {HERE} (phase: download): OSError: disk full"
     )
+    assert type(caught.value.__cause__) is OSError
 
 
-def test_custom_data_arrives_as_a_copy() -> None:
-    ctx = make_ctx(custom_data={"a": [1]})
-    copy = node.load_custom_data(node.pack_custom_data(ctx))
-    assert copy == {"a": [1]}
-    assert copy["a"] is not ctx.custom_data["a"]
+def test_a_download_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def waits() -> None:
+        await asyncio.Event().wait()
 
-
-@pytest.fixture
-def request_of(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., node.NodeRequest]:
-    """Make what a node's task gets; Ray is not asked about the task."""
-    monkeypatch.setattr(_ray, "task_attempt", lambda: 2)
-
-    def make(*callbacks: object) -> node.NodeRequest:
-        stack = CallbackStack(request.node.nodeid, parse_callbacks(list(callbacks)))
-        ctx = make_ctx(worker_node_download_model="NONE", custom_data={"given": 1})
-        return node.request_for(NODE_2, ctx, stack, node.ModelSource("m", None), b"")
-
-    return make
-
-
-class OnNode:
-    """Take part on a node."""
-
-    def __init__(self, error: str = "", cleanup_error: str = "") -> None:
-        self.error = error
-        self.cleanup_error = cleanup_error
-
-    def on_before_download(self, ctx: CallbackCtx) -> Handled:
-        ctx.custom_data["brought"] = ctx.custom_data["given"] + 1
-        if self.error:
-            raise RuntimeError(self.error)
-        return Handled("/m")
-
-    def on_init_failed(self, ctx: CallbackCtx, error: BaseException) -> None:
-        SEEN.append(error)
-        if self.cleanup_error:
-            raise OSError(self.cleanup_error)
-
-
-SEEN: list[BaseException] = []
-
-
-@pytest.fixture(autouse=True)
-def _nothing_seen() -> None:
-    SEEN.clear()
-
-
-def test_a_node_task_says_what_it_does_and_last_replies(
-    request_of: Callable[..., node.NodeRequest],
-) -> None:
-    *statuses, reply = node.run_node_task(request_of(OnNode))
-    assert isinstance(reply, node.NodeReply)
-    assert (reply.result.node, reply.result.handled) == (NODE_2, Handled("/m"))
-    assert node.unpack(reply).custom_data == {"given": 1, "brought": 2}
-    assert [(entry.callback, entry.role, entry.attempt) for entry in reply.trace] == [
-        ("OnNode", "node", 2)
-    ]
-    said = [status for status in statuses if isinstance(status, node.NodeStatus)]
-    assert len(said) == len(statuses)
-    assert [(s.phase, [(c.callback, c.outcome) for c in s.calls.values()]) for s in said] == [
-        ("before download", []),
-        ("before download", [("OnNode", "running")]),
-    ]
-    assert not SEEN
-
-
-def test_a_node_task_says_of_each_call_when_it_begins_and_how_it_ended(
-    request_of: Callable[..., node.NodeRequest],
-) -> None:
-    class Inner:
-        def on_before_download(self, ctx: CallbackCtx) -> None:
-            pass
-
-    class Outer:
-        @hookimpl(wrapper=True)
-        def on_before_download(self, ctx: CallbackCtx) -> Generator[None, object, object]:
-            return (yield)
-
-    class Last(Inner):
-        pass
-
-    *statuses, _ = node.run_node_task(request_of(Inner, Outer, Last))
-    said = [status.calls for status in statuses if isinstance(status, node.NodeStatus)]
-    assert [{n: (c.callback, c.outcome) for n, c in calls.items()} for calls in said] == [
-        {},
-        {0: ("Outer", "running")},
-        {0: ("Outer", "running"), 1: ("Inner", "running")},
-        {0: ("Outer", "running"), 1: ("Inner", "returned"), 2: ("Last", "running")},
-        {0: ("Outer", "returned"), 2: ("Last", "returned")},
-    ]
-
-
-def test_a_node_task_that_fails_has_cleaned_up(
-    request_of: Callable[..., node.NodeRequest], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(node, "_POLL_S", FOREVER)
-    kwargs = {"error": "no such bucket", "cleanup_error": "no such lock"}
-    task = node.run_node_task(request_of({"callback": OnNode, "kwargs": kwargs}))
-    said: list[Any] = []
-    with pytest.raises(HookError, match=r"callback 'OnNode' failed .*no such bucket") as caught:
-        said.extend(task)
-    (failure,) = caught.value.cleanup_errors
-    assert (failure.callback, failure.detail) == ("OnNode", "OSError: no such lock")
-    assert [(call.hook, call.outcome) for call in said[-1].calls.values()] == [
-        ("on_before_download", "failed"),
-        ("on_init_failed", "failed"),
-    ]
-    # A call waits until the replica has heard of it; in the clean-up nobody tells it any more.
-    assert all(call.duration_s < FOREVER for call in said[-1].calls.values())
-    assert [caught.value] == SEEN
-
-
-def test_a_node_task_that_is_stopped_cleans_up_with_an_error_that_says_so(
-    request_of: Callable[..., node.NodeRequest],
-) -> None:
-    class Waits:
-        async def on_before_download(self, ctx: CallbackCtx) -> None:
-            await asyncio.Event().wait()
-
-    class Before(OnNode):
-        def on_before_download(self, ctx: CallbackCtx) -> None:  # type: ignore[override]
-            pass
-
-    before = {"callback": Before, "kwargs": {"cleanup_error": "no such lock"}}
-    request = request_of(before, Waits)
-    task: Any = node.run_node_task(request)
-    while "Waits" not in {call.callback for call in next(task).calls.values()}:
-        pass
-    with pytest.raises(KeyboardInterrupt):
-        task.throw(KeyboardInterrupt)
-    (error,) = SEEN
-    assert str(error).partition("\n")[0] == (
-        "node initialization failed on node n2 (10.0.0.2) (phase: before download): stopped, "
-        "because the initialization has failed elsewhere or was cancelled"
-    )
-    left = node.run_fetch_task(request)
-    assert [failure.detail for failure in left.failures] == ["OSError: no such lock"]
-    assert [(call.hook, call.callback) for call in left.trace] == [
-        ("on_before_download", "Before"),
-        ("on_before_download", "Waits"),
-        ("on_init_failed", "Before"),
-    ]
-    with pytest.raises(FileNotFoundError):
-        node.run_fetch_task(request)
-
-
-def test_a_node_whose_task_has_ended_cleans_up_with_what_had_started(
-    request_of: Callable[..., node.NodeRequest],
-) -> None:
-    error = ValueError("the first failure")
-    request = pickle.loads(pickle.dumps(request_of(OnNode)))
-    assert node.run_clean_up_task(request, error, set()) == node.CleanUp([], [])
-    assert not SEEN
-    done = node.run_clean_up_task(request, error, {"OnNode"})
-    assert done.failures == []
-    assert [(call.hook, call.callback) for call in done.trace] == [("on_init_failed", "OnNode")]
-    assert [error] == SEEN
+    monkeypatch.setattr(node, "download_node", lambda *_, **__: threads.run_coroutine(waits()))
+    manager = make_manager(time_limits=TimeLimits(download=0.05))
+    text = r"\(phase: download\): not done after 0.05 s, the time limit 'download'"
+    with pytest.raises(HookError, match=text):
+        initialize(manager, make_ctx())

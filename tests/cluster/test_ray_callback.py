@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from pathlib import Path
 from typing import Any
 
+import plugins_for_tests
 import pytest
 import s3
+from plugins_for_tests import Plain, refused
 
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, Handled, HookError, NodeModelDownloadable
+from rayserve_hooks.cluster.ray_callback import RayCallback, adapt_ray_callback
+from rayserve_hooks.cluster.stacks import parse
+from rayserve_hooks.core.inspection import hook_functions
 
-pytestmark = pytest.mark.ray
+on_a_cluster = pytest.mark.ray
+imports_ray = pytest.mark.slow
 
 EVERYTHING = {"callback": "ray_callbacks:Everything", "kwargs": {"greeting": "hello"}}
 DOWNLOADER = "ray.llm._internal.common.callbacks.cloud_downloader:CloudDownloader"
-
-
-@pytest.fixture(autouse=True)
-def _cluster(ray_cluster: Any) -> None:
-    pass
 
 
 def make(*callbacks: Any) -> Any:
@@ -39,6 +41,8 @@ def initialize(*callbacks: Any) -> CallbackCtx:
     return ctx
 
 
+@on_a_cluster
+@pytest.mark.usefixtures("ray_cluster")
 def test_its_methods_run_where_ours_would() -> None:
     ctx = initialize("lifecycle_callbacks:Last", EVERYTHING, "lifecycle_callbacks:First")
     assert [(call.hook, call.callback) for call in ctx.trace] == [
@@ -57,6 +61,8 @@ def test_its_methods_run_where_ours_would() -> None:
     ]
 
 
+@on_a_cluster
+@pytest.mark.usefixtures("ray_cluster")
 def test_what_it_sets_lands_in_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FROM_RAY_CALLBACK", raising=False)
     ctx = initialize(EVERYTHING)
@@ -73,6 +79,8 @@ def test_what_it_sets_lands_in_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+@on_a_cluster
+@pytest.mark.usefixtures("ray_cluster")
 def test_run_init_node_false_takes_over() -> None:
     ctx = initialize("ray_callbacks:TakesOver", "lifecycle_callbacks:Last")
     assert [(call.hook, call.callback, call.outcome) for call in ctx.trace] == [
@@ -83,6 +91,8 @@ def test_run_init_node_false_takes_over() -> None:
     assert ctx.handled == Handled(reason="TakesOver set run_init_node to False")
 
 
+@on_a_cluster
+@pytest.mark.usefixtures("ray_cluster")
 def test_its_failure_is_a_hook_error() -> None:
     with pytest.raises(
         HookError,
@@ -91,6 +101,8 @@ def test_its_failure_is_a_hook_error() -> None:
         initialize("ray_callbacks:Fails")
 
 
+@on_a_cluster
+@pytest.mark.usefixtures("ray_cluster")
 def test_rays_own_downloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bucket" / "extra").mkdir(parents=True)
     (tmp_path / "bucket" / "extra" / "a.txt").write_text("hello")
@@ -102,32 +114,58 @@ def test_rays_own_downloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "target" / "a.txt").read_text() == "hello"
 
 
+def build(callback: object) -> object:
+    ((_, plugin),) = parse([callback], None, "raise").build()
+    return plugin
+
+
+def ray_callback(name: str) -> Any:
+    return getattr(importlib.import_module("ray_callbacks"), name)
+
+
+@imports_ray
+@pytest.mark.parametrize("by", ["string", "class"])
+def test_a_class_of_rays_kind_is_adapted_but_not_built(by: str) -> None:
+    target = "ray_callbacks:Everything" if by == "string" else ray_callback("Everything")
+    plugin = build({"callback": target, "kwargs": {"greeting": "hello"}})
+    assert type(plugin) is RayCallback
+    assert [hook.attribute for hook in hook_functions(plugin)] == [
+        "on_after_init",
+        "on_before_download",
+        "on_before_init",
+    ]
+
+
+@imports_ray
 def test_arguments_its_constructor_does_not_take() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"callback 'Strict': ray_callbacks.Strict refused kwargs \['paths'\]: got an "
-        "unexpected keyword argument 'paths'",
+    with refused(
+        "callback 'Strict': ray_callbacks.Strict refused kwargs ['paths']: got an unexpected "
+        "keyword argument 'paths'"
     ):
-        make({"callback": "ray_callbacks:Strict", "kwargs": {"paths": []}})
+        build({"callback": "ray_callbacks:Strict", "kwargs": {"paths": []}})
 
 
-RAY_INSTANCE = (
-    "callback 'TakesOver' is an instance of a Ray callback, which belongs to one config and "
-    "context; name the class, with its arguments in kwargs"
-)
+@imports_ray
+@pytest.mark.parametrize("name", ["TakesOver", "Strict"])
+def test_an_instance_of_one_is_refused(name: str) -> None:
+    instance = ray_callback(name).__new__(ray_callback(name))
+    with refused(
+        f"callback {name!r} is an instance of a Ray callback, which belongs to one config and "
+        "context; name the class, with its arguments in kwargs"
+    ):
+        build(instance)
 
 
-def test_an_instance_of_one_is_refused() -> None:
-    from ray_callbacks import TakesOver
-
-    with pytest.raises(ValueError, match=RAY_INSTANCE):
-        make(TakesOver(llm_config=make()))
-
-
-def test_the_adapter_itself_is_refused() -> None:
-    text = (
+@imports_ray
+@pytest.mark.parametrize("target", ["rayserve_hooks.HooksCallback", "rayserve_hooks:HooksCallback"])
+def test_the_adapter_itself_is_refused(target: str) -> None:
+    with refused(
         "callback 'HooksCallback': HooksCallback runs this list and cannot be in it; list the "
         "callbacks themselves"
-    )
-    with pytest.raises(ValueError, match=text):
-        make("rayserve_hooks.HooksCallback")
+    ):
+        build(target)
+
+
+@pytest.mark.parametrize("found", [Plain, Plain(), plugins_for_tests])
+def test_anything_else_is_left_alone(found: object) -> None:
+    assert adapt_ray_callback(found, {}) is None

@@ -312,6 +312,26 @@ def test_clean_up_errors_of_all_nodes_are_collected(
     assert "RuntimeError: cannot delete the lease" in str(caught.value)
 
 
+def test_a_failure_after_the_nodes_are_ready_shows_each_call_once(
+    third: Any, log: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("ray.serve").propagate = True
+    fails = {"callback": "lifecycle_callbacks:Fail", "kwargs": {"hook": "on_after_init"}}
+    with pytest.raises(HookError, match="no such bucket"):
+        initialize(config(log, fails, resources=["third"]))
+    (text,) = {r.getMessage() for r in caplog.records if "what ran until then" in r.getMessage()}
+    rows = [re.split(" {2,}", line)[:3] for line in text.splitlines()[3:]]
+    assert [(hook, role) for hook, callback, role in rows if callback == "Record"] == [
+        ("on_before_init", "driver"),
+        ("on_before_download", "driver"),
+        ("on_before_download", "node"),
+        ("on_init_failed", "node"),
+        ("on_init_failed", "driver"),
+    ]
+    by_node = {call["node"]: call for call in calls(log, "on_init_failed")}
+    assert by_node[third.node_id]["same_instance"], "its process was kept until all is ready"
+
+
 def test_a_background_task_that_fails_on_a_node_names_its_callback(third: Any, log: Path) -> None:
     with pytest.raises(
         HookError,
@@ -354,8 +374,8 @@ def test_a_node_that_leaves_names_node_callback_and_phase(
     (failure,) = caught.value.cleanup_errors
     assert re.match(
         rf"node initialization failed on node {node.node_id} \(.*\) \(phase: clean-up\): "
-        r"on_init_failed did not run: ray.exceptions.ActorUnschedulableError: .* The node specified "
-        "via NodeAffinitySchedulingStrategy doesn't exist any more",
+        r"on_init_failed did not run: ray.exceptions.ActorUnschedulableError: .* The node "
+        "specified via NodeAffinitySchedulingStrategy doesn't exist any more",
         str(failure),
     ), str(failure)
     assert {call["node"] for call in calls(log, "on_init_failed")} == {

@@ -1,9 +1,9 @@
 """Watches what `rayserve_hooks.core._pluggy` takes from pluggy's inside."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pluggy
+import pytest
 
 from rayserve_hooks.core import _pluggy
 
@@ -64,26 +64,66 @@ def test_pluggy_still_runs_trylast_in_registration_order_and_others_from_the_las
     assert order == ["b", "a", "y", "z"], "pluggy changed its order; see reverse_groups"
 
 
-def test_a_replaced_function_is_the_one_called() -> None:
-    manager = manager_of(Plain("a"))
+def test_a_marked_function_still_holds_its_options() -> None:
+    options = _pluggy.impl_options(LastWrapper.step, "watch")
+    assert options is not None, "pluggy moved what @hookimpl leaves; see impl_options"
+    assert (options["wrapper"], options["trylast"]) == (True, True)
+
+
+def test_a_function_marked_without_arguments_holds_the_defaults() -> None:
+    assert _pluggy.impl_options(Plain.step, "watch") == _pluggy.UNDECORATED, (
+        "pluggy has other options now; see UNDECORATED"
+    )
+
+
+@pytest.mark.parametrize("holder", [staticmethod, classmethod])
+def test_a_marked_static_or_class_method_still_holds_its_options(holder: Any) -> None:
+    marked: Any = hookimpl(tryfirst=True)(holder(lambda log: None))
+    options = _pluggy.impl_options(marked, "watch")
+    assert options is not None, "pluggy moved what @hookimpl leaves; see impl_options"
+    assert options["tryfirst"]
+
+
+@pytest.mark.parametrize("unmarked", [len, Spec.step, staticmethod(len), None, 3])
+def test_what_is_not_marked_has_no_options(unmarked: object) -> None:
+    assert _pluggy.impl_options(unmarked, "watch") is None
+
+
+def test_a_mark_of_another_project_does_not_count() -> None:
+    assert _pluggy.impl_options(Plain.step, "other") is None
+
+
+def test_a_marked_spec_still_holds_its_options() -> None:
+    marked: Any = hookspec(firstresult=True)(lambda log: None)
+    assert vars(marked).get("watch_spec"), "pluggy moved what @hookspec leaves; see spec_options"
+    assert _pluggy.spec_options(marked, "watch")["firstresult"] is True
+    assert _pluggy.spec_options(Spec.step, "watch")["firstresult"] is False
+
+
+def test_a_spec_without_a_mark_is_no_spec_without_options() -> None:
+    with pytest.raises(AttributeError, match="watch_spec"):
+        _pluggy.spec_options(Plain.step, "watch")
+
+
+def test_registration_takes_what_the_parser_says_of_a_function_of_the_instance() -> None:
+    """What `RegisteredCallback` rests on: its hooks are functions in its ``__dict__``."""
+
+    class Manager(pluggy.PluginManager):
+        def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+            return plugin.options if name == "step" else None
+
+    class Holder:
+        def __init__(self) -> None:
+            self.options = {**_pluggy.UNDECORATED, "trylast": True}
+            self.step = lambda log: log.append("called")
+
+    manager = Manager("watch")
+    manager.add_hookspecs(Spec)
+    holder = Holder()
+    manager.register(holder, "holder")
     (impl,) = manager.hook.step.get_hookimpls()
-    original: Callable[..., object] = impl.function
-
-    def twice(log: list[str]) -> None:
-        original(log)
-        original(log)
-
-    _pluggy.replace_function(impl, twice)
-    assert run(manager) == ["a", "a"]
-
-
-def test_a_replaced_function_keeps_the_arguments_of_the_original() -> None:
-    manager = manager_of(Plain("a"))
-    (impl,) = manager.hook.step.get_hookimpls()
-    seen: list[object] = []
-    _pluggy.replace_function(impl, lambda *args: seen.extend(args))
-    assert run(manager) == []
-    assert seen == [[]]
+    assert (impl.function, impl.plugin, impl.trylast) == (holder.step, holder, True)
+    assert run(manager) == ["called"]
 
 
 def test_reverse_groups_reverses_that_group_alone() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.errors import CallbackConfigError
-from rayserve_hooks.core.hooks import HOOKS
 
 NAMES = "on_before_init, on_before_download, on_after_init, on_init_failed, download, total"
 

@@ -240,7 +240,7 @@ def test_a_call_runs_in_a_daemon_thread_so_that_its_process_can_end() -> None:
 def test_a_process_ends_while_a_callback_hangs() -> None:
     script = """
         import asyncio, threading
-        from rayserve_hooks import aio
+        from rayserve_hooks.core import threads
 
         started = threading.Event()
 
@@ -248,7 +248,7 @@ def test_a_process_ends_while_a_callback_hangs() -> None:
             started.set()
             threading.Event().wait()
 
-        aio.ThreadCall(hangs)
+        threads.ThreadCall(hangs)
         started.wait()
         print("ends")
     """
@@ -367,7 +367,7 @@ def test_inside_an_async_callback_the_context_names_it() -> None:
     class Typo:
         async def on_before_init(self, ctx: CallbackCtx) -> None:
             await asyncio.sleep(0)
-            ctx.runtime_envs = {}
+            ctx.runtime_envs = {}  # type: ignore[attr-defined]
 
     with pytest.raises(HookError, match="callback 'Typo': CallbackCtx has no field"):
         make_manager(Typo).hook.on_before_init(ctx=make_ctx())

@@ -1,9 +1,16 @@
+"""What is computed, and what is made of a store's answers; how it is asked is in test_transfer."""
+
 import sys
+from email.message import Message
 from pathlib import Path
+from typing import Any
 
 import pytest
+import s3
 
 from rayserve_hooks.download import checksums
+from rayserve_hooks.download.checksums import Head, Heads, expected_checksum
+from rayserve_hooks.download.stores import RemoteFile, Source
 
 # The check values of the catalogue of CRCs, and of RFC 1321, 3174 and 6234, in the stores' writing.
 KNOWN = {
@@ -36,3 +43,91 @@ def test_what_cannot_be_computed_without_the_library(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "awscrt", None)
     assert checksums.checksum_of(b"x", "crc64nvme") is None
     assert checksums.checksum_of(b"123456789", "crc32") == KNOWN["crc32"][1]
+
+
+MD5 = "0123456789abcdef" * 2
+LARGE = checksums._ABOVE_BYTES + 1
+
+
+def file(etag: str | None, size: int = 1) -> RemoteFile:
+    return RemoteFile("weights", size, etag, "1")
+
+
+def asking(uri: str = "s3://bucket/model") -> Heads:
+    store: Any = object()
+    return Heads(Source(uri, store))
+
+
+@pytest.mark.parametrize(
+    ("etag", "head", "expected"),
+    [
+        (f'"{MD5}"', None, f"md5:{MD5}"),
+        (MD5, None, f"md5:{MD5}"),
+        (f'"{MD5}-2"', None, None),
+        ('"0x8D9"', None, None),
+        (None, None, None),
+        (f'"{MD5}"', Head("crc32c:x", etag_is_md5=True), "crc32c:x"),
+        (f'"{MD5}"', Head(None, etag_is_md5=True), f"md5:{MD5}"),
+        (f'"{MD5}"', Head(None, etag_is_md5=False), None),
+    ],
+)
+def test_the_checksum_that_a_file_should_have(
+    etag: str | None, head: Head | None, expected: str | None
+) -> None:
+    assert expected_checksum(file(etag), head) == expected
+
+
+@pytest.mark.parametrize(
+    ("uri", "remote", "wanted"),
+    [
+        ("s3://bucket/model", file(MD5), False),
+        ("s3://bucket/model", file(f"{MD5}-2"), True),
+        ("s3://bucket/model", file(MD5, LARGE), True),
+        ("gs://bucket/model", file(MD5, LARGE), True),
+        ("azure://c@a.blob.core.windows.net/model", file("0x8D9"), True),
+        ("file:///models", file(None, LARGE), False),
+    ],
+)
+def test_a_store_is_asked_where_its_listing_does_not_do(
+    uri: str, remote: RemoteFile, wanted: bool
+) -> None:
+    assert asking(uri).wanted(remote) == wanted
+
+
+@pytest.mark.parametrize(
+    ("headers", "checksum"),
+    [
+        ({}, None),
+        ({"x-amz-checksum-crc32": "c", "x-amz-checksum-crc64nvme": "a"}, "crc64nvme:a"),
+        ({"x-amz-checksum-sha256": "b", "x-amz-checksum-type": "COMPOSITE"}, None),
+        ({"x-amz-checksum-sha256": "b-2"}, None),
+        ({"x-goog-hash": "crc32c=n03x6A==,md5=AAAA"}, "crc32c:n03x6A=="),
+        ({"x-goog-hash": "md5=kAFQmDzST7DWlj99KOF/cg=="}, "md5:900150983cd24fb0d6963f7d28e17f72"),
+        ({"Content-MD5": "kAFQmDzST7DWlj99KOF/cg=="}, "md5:900150983cd24fb0d6963f7d28e17f72"),
+    ],
+)
+def test_the_checksum_of_a_head(headers: dict[str, str], checksum: str | None) -> None:
+    message = Message()  # as urllib gives them: names in any case
+    for name, value in headers.items():
+        message[name.upper()] = value
+    assert checksums._full_checksum(message) == checksum  # type: ignore[arg-type]
+
+
+def test_once_an_etag_was_no_md5_all_files_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bucket" / "model"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("content")
+    with s3.serving(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        asked = asking("s3://anonymous@bucket/model")
+        remote = file(server.etag(folder / "weights"))
+        assert not asked.wanted(remote)
+        server.checksums["bucket/model/weights"] = {"x-amz-server-side-encryption": "aws:kms"}
+        assert asked.of(file(f'"{remote.etag}"')) == Head(None, etag_is_md5=False)
+    assert asked.wanted(remote)
+
+
+def test_a_store_of_another_kind_is_not_asked() -> None:
+    assert asking("file:///models").of(file(None)) is None

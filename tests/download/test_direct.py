@@ -69,7 +69,7 @@ def read(reader: DirectReader, file: RemoteFile) -> bytes:
 
 def test_a_range(reader: DirectReader, file: RemoteFile, server: s3.Server) -> None:
     assert read(reader, file) == WANTED
-    assert server.sent["bucket/model/we ights"] == len(WANTED)
+    assert server.sent_of("bucket/model/we ights") == len(WANTED)
 
 
 def test_a_file_without_an_etag(reader: DirectReader) -> None:
@@ -88,7 +88,7 @@ def test_a_range_that_is_left_alone_takes_its_connection_along(
 ) -> None:
     parts = reader.read(file, SPAN)
     assert next(parts) == WANTED[: 2**14]
-    parts.close()  # type: ignore[attr-defined] # it is a generator
+    parts.close()
     assert read(reader, file) == WANTED
     assert server.connections == 2
 

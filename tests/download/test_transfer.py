@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from rayserve_hooks.context import NodeModelDownloadable
-from rayserve_hooks.download import checksums, heads, partials, progress, stores, transfer
+from rayserve_hooks.download import caller, checksums, partials, stores, transfer
 from rayserve_hooks.download.caller import Caller
 from rayserve_hooks.download.model import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
@@ -131,7 +131,7 @@ def test_ranges_are_parallel_requests_of_their_own(server: s3.Server, weights: P
     snapshot = download()
     assert_complete(server, snapshot)
     assert server.count(f"GET bucket/model/{WEIGHTS}") == 6
-    assert server.sent[f"bucket/model/{WEIGHTS}"] == weights.stat().st_size
+    assert server.sent_of(f"bucket/model/{WEIGHTS}") == weights.stat().st_size
 
 
 def test_an_empty_file(server: s3.Server, weights: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_store_that_fails_for_a_while(
     assert_complete(server, download())
     if kind in ("truncated", "reset"):
         # Ranges go on where they broke off.
-        assert server.sent[f"bucket/model/{WEIGHTS}"] == weights.stat().st_size
+        assert server.sent_of(f"bucket/model/{WEIGHTS}") == weights.stat().st_size
 
 
 def test_a_small_file_that_arrives_damaged_is_fetched_again(
@@ -264,10 +264,10 @@ def test_a_small_file_that_arrives_damaged_is_fetched_again(
 def test_a_stream_ends_in_mid_file_once_another_has_failed(server: s3.Server) -> None:
     source = stores.open_source(URI)
     (weights,) = [file for path, file in source.list_files().items() if path == WEIGHTS]
-    counted = progress.Progress(URI, weights.size, 0, source.caller)
+    counted = caller.Progress(URI, weights.size, 0, source.caller)
     received: list[int] = []
     with ThreadPoolExecutor() as pool:
-        running = transfer._Transfer(heads.Heads(source), pool, counted, lambda *_: None)
+        running = transfer._Transfer(checksums.Heads(source), pool, counted, lambda *_: None)
 
         def fail_elsewhere(offset: int, chunk: memoryview) -> None:
             received.append(len(chunk))
@@ -368,7 +368,7 @@ class TestVerification:
     def test_s3_is_asked_for_large_files(
         self, server: s3.Server, model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(heads, "_ABOVE_BYTES", RANGE)
+        monkeypatch.setattr(checksums, "_ABOVE_BYTES", RANGE)
         server.crc64 = True
         download()
         assert of_weights(model) == ("checksum", "crc64nvme")
@@ -754,7 +754,9 @@ def test_a_disk_that_is_too_small(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reading", ["pass", "transfer.DirectReader.read = lambda *_: iter(())"])
+@pytest.mark.parametrize(
+    "reading", ["pass", "transfer.DirectReader.read = lambda *_: (part for part in ())"]
+)
 def test_memory_stays_small_with_a_large_file_on_a_machine_with_many_cores(
     reading: str, server: s3.Server, weights: Path, tmp_path: Path
 ) -> None:
@@ -842,7 +844,7 @@ class TestProgress:
     def test_the_log_says_how_far_it_is(
         self, server: s3.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr(progress, "REPORT_S", 0.05)
+        monkeypatch.setattr(caller, "REPORT_S", 0.05)
         monkeypatch.setattr(transfer, "WAKE_S", 0.01)
         server.faults = [s3.Fault("slow", WEIGHTS, delay_s=0.3)]
         with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):

@@ -2,9 +2,8 @@ import logging
 
 import pytest
 
-from rayserve_hooks.download import progress
-from rayserve_hooks.download.caller import STANDALONE
-from rayserve_hooks.download.progress import Progress
+from rayserve_hooks.download import caller
+from rayserve_hooks.download.caller import STANDALONE, Progress
 
 
 def test_the_log_hears_of_it_every_few_seconds_only(
@@ -17,7 +16,7 @@ def test_the_log_hears_of_it_every_few_seconds_only(
     with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         running.report()
         assert caplog.records == []
-        monkeypatch.setattr(progress, "REPORT_S", 0.0)
+        monkeypatch.setattr(caller, "REPORT_S", 0.0)
         running.report()
     (record,) = caplog.records
     assert record.levelno == logging.INFO
@@ -35,7 +34,7 @@ def test_what_is_fetched_again_counts_once() -> None:
 def test_a_download_of_nothing_is_no_division_by_zero(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "REPORT_S", 0.0)
+    monkeypatch.setattr(caller, "REPORT_S", 0.0)
     with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
         Progress("s3://bucket/model", total=0, reused=0, caller=STANDALONE).report()
     assert "0.00 of 0.00 GB (0%)" in caplog.text

@@ -1,0 +1,550 @@
+"""Hooks run from an event loop: time limits, background work, clean-up."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from plugins_for_tests import hook_log, make_ctx, make_manager
+
+from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo
+from rayserve_hooks.core import running, threads
+from rayserve_hooks.core.limits import TimeLimits
+from rayserve_hooks.core.manager import PluginManager
+from rayserve_hooks.errors import HookError, Phase
+
+HERE = "on node n1 (10.0.0.1)"
+FIX = "; fix the callback, or set 'on_error: warn' on it to go on without it"
+FOREVER = 30  # no test waits so long unless it fails
+
+
+def starts(name: str, *functions: Callable[..., object], on_error: str = "raise") -> dict[str, Any]:
+    """Make a callback that starts functions in the background of its first hook."""
+
+    class Starts:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            for function in functions:
+                ctx.run_in_background(function)
+
+    return {"callback": Starts, "name": name, "on_error": on_error}
+
+
+def hooked(run: Callable[[CallbackCtx], object], hook: str = "on_before_init") -> dict[str, Any]:
+    """Make a callback named as ``run``."""
+
+    def method(self: object, ctx: CallbackCtx) -> object:
+        return run(ctx)
+
+    return {"callback": type("Hooked", (), {hook: method}), "name": run.__name__}
+
+
+async def before_init(manager: PluginManager, ctx: CallbackCtx) -> Any:
+    chain = threads.run_in_thread(manager.hook.on_before_init, ctx=ctx)
+    return await running.with_background(manager, ctx, chain)
+
+
+def run(*callbacks: object, ctx: CallbackCtx | None = None) -> CallbackCtx:
+    ctx = ctx or make_ctx()
+    asyncio.run(before_init(make_manager(*callbacks), ctx))
+    return ctx
+
+
+def calls(ctx: CallbackCtx) -> list[tuple[str, str, str]]:
+    return [(entry.callback, entry.background, entry.outcome) for entry in ctx.trace]
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """Let threads that hang go when the test has ended."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_GIVE_UP_S", 0.01)
+
+
+@pytest.fixture
+def _attentive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "_POLL_S", 0.01)
+
+
+def test_background_tasks_run_beside_each_other_and_the_next_hook() -> None:
+    together = threading.Barrier(4)
+
+    def meet(*_: object) -> None:
+        together.wait(FOREVER)
+
+    ctx = run(starts("A", meet, meet, meet), hooked(meet))
+    assert not together.broken
+    assert calls(ctx) == [
+        ("A", "", "returned"),
+        *[("A", "meet", "returned")] * 3,
+        ("meet", "", "returned"),
+    ]
+
+
+def test_the_node_waits_for_its_background_tasks() -> None:
+    chain_ended = threading.Event()
+
+    def ends_last() -> None:
+        assert chain_ended.wait(FOREVER)
+
+    async def chain(manager: PluginManager, ctx: CallbackCtx) -> Any:
+        result = await threads.run_in_thread(manager.hook.on_before_init, ctx=ctx)
+        chain_ended.set()
+        return result
+
+    def takes(ctx: CallbackCtx) -> Handled:
+        return Handled("/m")
+
+    manager, ctx = make_manager(starts("A", ends_last), hooked(takes)), make_ctx()
+    work = running.with_background(manager, ctx, chain(manager, ctx))
+    assert asyncio.run(work) == Handled("/m")
+    assert ctx.trace[1].outcome == "returned"
+
+
+def test_a_background_task_may_start_another() -> None:
+    ended = threading.Event()
+
+    class Starts:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            ctx.run_in_background(self.first, ctx)
+            assert ended.wait(FOREVER)
+
+        def first(self, ctx: CallbackCtx) -> None:
+            ctx.run_in_background(ended.set)
+
+    assert calls(run(Starts)) == [
+        ("Starts", "", "returned"),
+        ("Starts", "first", "returned"),
+        ("Starts", "set", "returned"),
+    ]
+
+
+def test_a_background_task_gets_its_arguments_and_gives_its_result() -> None:
+    def adds(ctx: CallbackCtx) -> None:
+        ctx.custom_data["sum"] = ctx.run_in_background(int.__add__, 1, 2).result(FOREVER)
+
+    assert run(hooked(adds)).custom_data["sum"] == 3
+
+
+def test_an_async_callback_starts_an_async_task_on_its_own_loop() -> None:
+    class Starts:
+        async def on_before_init(self, ctx: Any) -> None:
+            ctx.custom_data["loops"] = [asyncio.get_running_loop()]
+            ctx.run_in_background(self.later, ctx)
+
+        async def later(self, ctx: CallbackCtx) -> None:
+            ctx.custom_data["loops"].append(asyncio.get_running_loop())
+
+    first, second = run(Starts).custom_data["loops"]
+    assert first is second
+
+
+def test_a_background_task_may_call_a_hook_with_an_async_callback() -> None:
+    class Inner:
+        async def on_before_download(self, ctx: CallbackCtx) -> Handled:
+            return Handled("/m")
+
+    inner = make_manager(Inner)
+
+    class Calls:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            call = ctx.run_in_background(lambda: inner.hook.on_before_download(ctx=ctx))
+            ctx.custom_data["result"] = call.result(FOREVER)
+
+    assert run(Calls).custom_data["result"] == Handled("/m")
+
+
+def fetch() -> None:
+    raise ValueError("boom")
+
+
+async def fetch_async() -> None:
+    raise ValueError("boom")
+
+
+@pytest.mark.parametrize("function", [fetch, fetch_async])
+def test_a_failed_background_task_names_callback_hook_and_task(function: Any) -> None:
+    ctx = make_ctx()
+    with pytest.raises(HookError) as caught:
+        run(starts("A", function), ctx=ctx)
+    assert str(caught.value) == (
+        f"callback 'A' failed in hook on_before_init {HERE} (phase: before init): its background "
+        f"task {function.__name__!r} raised ValueError: boom{FIX}"
+    )
+    assert type(caught.value.__cause__) is ValueError
+    assert calls(ctx)[1] == ("A", function.__name__, "failed")
+
+
+def test_a_background_task_that_fails_in_a_hook_it_calls_is_named_too() -> None:
+    def fails(ctx: CallbackCtx) -> None:
+        raise ValueError("boom")
+
+    inner, ctx = make_manager(hooked(fails, "on_before_download")), make_ctx()
+
+    def calls_inner() -> None:
+        inner.hook.on_before_download(ctx=ctx)
+
+    text = (
+        "callback 'A' failed in hook on_before_init .*: its background task 'calls_inner' raised "
+        ".*HookError: callback 'fails' failed in hook on_before_download .*: ValueError: boom"
+    )
+    with pytest.raises(HookError, match=text):
+        run(starts("A", calls_inner), ctx=ctx)
+
+
+@pytest.mark.usefixtures("_attentive")
+def test_a_failed_background_task_ends_the_chain_and_the_other_tasks() -> None:
+    ctx = make_ctx()
+
+    async def main() -> None:
+        waiting, cleaned = [asyncio.Event(), asyncio.Event()], [asyncio.Event(), asyncio.Event()]
+
+        async def waits(number: int) -> None:
+            waiting[number].set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cleaned[number].set()
+
+        async def fails() -> None:
+            for event in waiting:
+                await event.wait()
+            raise ValueError("boom")
+
+        class Waits:
+            async def on_before_init(self, ctx: Any) -> None:
+                ctx.run_in_background(waits, 0)
+                ctx.run_in_background(fails)
+                await waits(1)
+
+        class Never:
+            def on_before_init(self, ctx: CallbackCtx) -> None:
+                raise AssertionError("started after the failure")
+
+        with pytest.raises(HookError, match="its background task 'fails' raised"):
+            await before_init(make_manager(Waits, Never), ctx)
+        for event in cleaned:
+            await asyncio.wait_for(event.wait(), FOREVER)
+
+    asyncio.run(main())
+    assert [call[0] for call in calls(ctx)] == ["Waits"] * 3
+
+
+@pytest.mark.usefixtures("_attentive")
+def test_a_failed_chain_ends_its_background_tasks() -> None:
+    async def main() -> None:
+        waiting, cleaned = asyncio.Event(), asyncio.Event()
+
+        async def waits() -> None:
+            waiting.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cleaned.set()
+
+        class Fails:
+            async def on_before_init(self, ctx: Any) -> None:
+                ctx.run_in_background(waits)
+                await waiting.wait()
+                await asyncio.sleep(2 * running._POLL_S)  # until the task has been noticed
+                raise ValueError("boom")
+
+        with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
+            await before_init(make_manager(Fails), make_ctx())
+        await asyncio.wait_for(cleaned.wait(), FOREVER)
+
+    asyncio.run(main())
+
+
+def test_a_task_that_was_started_right_before_the_failure_is_ended_too() -> None:
+    async def main() -> None:
+        waiting, cleaned = asyncio.Event(), asyncio.Event()
+
+        async def waits() -> None:
+            waiting.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cleaned.set()
+
+        class Fails:
+            async def on_before_init(self, ctx: Any) -> None:
+                ctx.run_in_background(waits)
+                await waiting.wait()
+                raise ValueError("boom")
+
+        with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
+            await before_init(make_manager(Fails), make_ctx())
+        await asyncio.wait_for(cleaned.wait(), 1)
+
+    asyncio.run(main())
+
+
+def test_on_error_warn_logs_a_failed_background_task(caplog: pytest.LogCaptureFixture) -> None:
+    with hook_log(caplog):
+        ctx = run(starts("A", fetch, on_error="warn"))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "its background task 'fetch' raised ValueError: boom" in record.getMessage()
+    assert record.getMessage().endswith("(on_error: warn, going on)")
+    assert "Traceback (most recent call last):" in caplog.text
+    assert calls(ctx) == [("A", "", "returned"), ("A", "fetch", "warned")]
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_an_exit_of_a_background_task_comes_through(
+    error: type[BaseException], on_error: str
+) -> None:
+    def exits() -> None:
+        raise error
+
+    with pytest.raises(error):
+        run(starts("A", exits, on_error=on_error))
+
+
+def test_a_background_task_that_raises_stop_iteration_fails_like_any_other() -> None:
+    def takes_the_next() -> object:
+        return next(iter([]))
+
+    async def main() -> None:
+        work = before_init(make_manager(starts("A", takes_the_next)), make_ctx())
+        await asyncio.wait_for(work, 2)
+
+    text = r"its background task 'takes_the_next' raised .*StopIteration"
+    with pytest.raises(HookError, match=text):
+        asyncio.run(main())
+
+
+def test_outside_of_a_hook_nothing_can_run_in_the_background() -> None:
+    text = r"^ctx.run_in_background\(\) works in hooks only; call it from a hook$"
+    with pytest.raises(RuntimeError, match=text):
+        make_ctx().run_in_background(fetch)
+
+
+def test_a_callable_without_a_name_is_named_by_its_class() -> None:
+    class Fetch:
+        def __call__(self) -> None:
+            pass
+
+    assert calls(run(starts("A", Fetch())))[1] == ("A", "Fetch", "returned")
+
+
+def test_a_hook_is_called_in_a_thread_and_its_result_returned() -> None:
+    def takes(ctx: CallbackCtx) -> Handled:
+        assert threading.current_thread() is not threading.main_thread()
+        return Handled("/m")
+
+    call = running.call_hook(make_manager(hooked(takes)), "on_before_init", make_ctx())
+    assert asyncio.run(call) == Handled("/m")
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize(
+    ("hook", "phase"),
+    [
+        ("on_before_init", "before init"),
+        ("on_before_download", "before download"),
+        ("on_after_init", "after init"),
+    ],
+)
+def test_a_hook_is_called_within_its_own_limit(
+    hook: str, phase: str, release: threading.Event
+) -> None:
+    def blocks(ctx: CallbackCtx) -> None:
+        release.wait()
+
+    manager = make_manager(hooked(blocks, hook), time_limits=TimeLimits(**{hook: 0.05}))
+    with pytest.raises(HookError) as caught:
+        asyncio.run(running.call_hook(manager, hook, make_ctx()))
+    assert str(caught.value).startswith(
+        f"callback 'blocks' failed in hook {hook} {HERE} (phase: {phase}): not done after 0.05 s, "
+        f"the time limit {hook!r}; "
+    )
+
+
+async def limited(
+    manager: PluginManager, ctx: CallbackCtx, ended: threading.Event | None = None
+) -> None:
+    """Call the first hook with a time limit; ``ended`` is set when its thread has ended."""
+
+    def chain() -> None:
+        try:
+            manager.hook.on_before_init(ctx=ctx)
+        finally:
+            if ended is not None:
+                ended.set()
+
+    async with running.time_limit("on_before_init", 0.05, ctx, Phase.BEFORE_INIT):
+        await threads.run_in_thread(chain)
+
+
+TOO_LATE = (
+    f"failed in hook on_before_init {HERE} (phase: before init): not done after 0.05 s, the time "
+    "limit 'on_before_init'; see what it waits for, or raise the limit in time_limits"
+)
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_hook_that_blocks_for_ever_is_given_up(release: threading.Event) -> None:
+    def blocks(ctx: CallbackCtx) -> None:
+        release.wait()
+
+    ctx = make_ctx()
+    with pytest.raises(HookError) as caught:
+        asyncio.run(limited(make_manager(hooked(blocks)), ctx))
+    assert str(caught.value) == f"callback 'blocks' {TOO_LATE}"
+    assert isinstance(caught.value.__cause__, TimeoutError)
+    assert calls(ctx) == [("blocks", "", "timed out")]
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_after_a_hook_was_given_up_none_of_its_chain_starts(release: threading.Event) -> None:
+    def blocks(ctx: CallbackCtx) -> None:
+        release.wait()
+
+    def never(ctx: CallbackCtx) -> None:
+        raise AssertionError("started after the time limit")
+
+    ctx, ended = make_ctx(), threading.Event()
+    with pytest.raises(HookError, match="callback 'blocks' failed"):
+        asyncio.run(limited(make_manager(hooked(blocks), hooked(never)), ctx, ended))
+    release.set()
+    assert ended.wait(FOREVER)
+    assert calls(ctx) == [("blocks", "", "timed out")]
+
+
+def test_an_async_hook_that_waits_for_ever_is_cancelled() -> None:
+    cleaned = threading.Event()
+
+    class Waits:
+        async def on_before_init(self, ctx: CallbackCtx) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cleaned.set()
+
+    with pytest.raises(HookError, match=r"not done after 0.05 s, the time limit 'on_before_init'"):
+        asyncio.run(limited(make_manager(Waits), make_ctx()))
+    assert cleaned.is_set()
+
+
+def test_an_async_hook_that_waits_for_ever_is_named() -> None:
+    async def waits(ctx: CallbackCtx) -> None:
+        await asyncio.Event().wait()
+
+    ctx = make_ctx()
+    with pytest.raises(HookError) as caught:
+        asyncio.run(limited(make_manager(hooked(waits)), ctx))
+    assert str(caught.value) == f"callback 'waits' {TOO_LATE}"
+    assert calls(ctx) == [("waits", "", "timed out")]
+
+
+def test_a_step_without_a_callback_is_given_up_without_naming_one() -> None:
+    async def main() -> None:
+        async with running.time_limit("download", 0.01, make_ctx(), Phase.DOWNLOAD):
+            await asyncio.Event().wait()
+
+    with pytest.raises(HookError) as caught:
+        asyncio.run(main())
+    assert str(caught.value) == (
+        f"node initialization failed {HERE} (phase: download): not done after 0.01 s, the time "
+        "limit 'download'; see what it waits for, or raise the limit in time_limits"
+    )
+
+
+def test_a_timeout_of_the_callbacks_own_is_its_failure() -> None:
+    def times_out(ctx: CallbackCtx) -> None:
+        raise TimeoutError("the store does not answer")
+
+    with pytest.raises(HookError, match="TimeoutError: the store does not answer;"):
+        asyncio.run(limited(make_manager(hooked(times_out)), make_ctx()))
+
+
+def test_a_timeout_of_a_step_is_not_taken_for_the_limit() -> None:
+    async def main() -> None:
+        async with running.time_limit("download", 60, make_ctx(), Phase.DOWNLOAD):
+            raise TimeoutError("the store does not answer")
+
+    with pytest.raises(TimeoutError, match=r"^the store does not answer$"):
+        asyncio.run(main())
+
+
+def test_no_limit_is_none() -> None:
+    async def main() -> None:
+        async with running.time_limit("download", None, make_ctx(), Phase.DOWNLOAD):
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def cleans(name: str, run: Callable[[CallbackCtx], object] = lambda ctx: None) -> dict[str, Any]:
+    class Cleans:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            pass
+
+        def on_init_failed(self, ctx: CallbackCtx) -> None:
+            ctx.custom_data.setdefault("cleaned", []).append(name)
+            run(ctx)
+
+    return {"callback": Cleans, "name": name}
+
+
+def clean_up(manager: PluginManager, ctx: CallbackCtx, *started: str) -> list[HookError]:
+    return asyncio.run(running.clean_up(manager, ctx, ValueError("the first failure"), started))
+
+
+def test_who_had_started_in_this_process_or_another_of_the_node_cleans_up() -> None:
+    def takes(ctx: CallbackCtx) -> Handled:
+        return Handled()
+
+    manager = make_manager(cleans("here"), hooked(takes), cleans("there"), cleans("idle"))
+    ctx = make_ctx()
+    manager.hook.on_before_init(ctx=ctx)
+    assert clean_up(manager, ctx, "there") == []
+    assert ctx.custom_data["cleaned"] == ["there", "here"]
+
+
+def test_who_had_started_on_another_node_only_does_not_clean_up_here() -> None:
+    manager, ctx = make_manager(cleans("A")), make_ctx()
+    elsewhere = make_ctx(node=NodeInfo("n2", "10.0.0.2", is_local=False))
+    manager.hook.on_before_init(ctx=elsewhere)
+    ctx.trace.extend(list(elsewhere.trace))
+    clean_up(manager, ctx)
+    assert "cleaned" not in ctx.custom_data
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_clean_up_that_blocks_for_ever_is_given_up(release: threading.Event) -> None:
+    def blocks(ctx: CallbackCtx) -> None:
+        release.wait()
+
+    limits = TimeLimits(on_init_failed=0.05)
+    manager = make_manager(cleans("A"), cleans("B", blocks), time_limits=limits)
+    ctx = make_ctx()
+    (failure,) = clean_up(manager, ctx, "A", "B")
+    assert str(failure) == (
+        f"callback 'B' failed in hook on_init_failed {HERE} (phase: clean-up): not done after "
+        "0.05 s, the time limit 'on_init_failed'; see what it waits for, or raise the limit in "
+        "time_limits"
+    )
+    assert ctx.custom_data["cleaned"] == ["B"]
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_a_clean_up_after_a_hook_that_was_given_up(release: threading.Event) -> None:
+    def blocks(ctx: CallbackCtx) -> None:
+        release.wait()
+
+    ctx = make_ctx()
+    manager = make_manager(cleans("A"), hooked(blocks))
+    with pytest.raises(HookError, match="callback 'blocks' failed"):
+        asyncio.run(limited(manager, ctx))
+    assert clean_up(manager, ctx) == []
+    assert ctx.custom_data["cleaned"] == ["A"]

@@ -1,0 +1,62 @@
+"""What the documentation shows of the examples: a callback tested by hand, checked arguments."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from engine_size import EngineSize
+from my_module import MyCallback
+from plugins_for_tests import parse_callbacks
+
+from rayserve_hooks import CallbackCtx, get_plugin_manager
+from rayserve_hooks.core.manager import RegisteredCallback
+from rayserve_hooks.errors import CallbackConfigError
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_my_callback_limits_the_engine() -> None:
+    ctx = CallbackCtx(llm_config=None)
+    MyCallback(max_model_len=64).on_before_init(ctx)
+    assert ctx.extra_init_kwargs == {"max_model_len": 64}
+
+
+def test_what_the_manager_returns_for_a_name() -> None:
+    settings = SimpleNamespace(
+        callback_class="rayserve_hooks.HooksCallback",
+        callback_kwargs={"callbacks": ["my_module.MyCallback"]},
+        raise_error_on_callback=True,
+    )
+    config = SimpleNamespace(model_id="tiny", callback_config=settings)
+    manager = get_plugin_manager(config)
+    registered = manager.get_plugin("MyCallback")
+    assert isinstance(registered, RegisteredCallback)
+    assert isinstance(registered.callback, MyCallback)
+    assert registered.name == "MyCallback"
+    assert manager.get_plugins() == {registered}
+    assert manager.list_name_plugin() == [("MyCallback", registered)]
+    assert manager.is_registered(registered)
+    assert manager.is_registered(registered.callback)
+
+
+def test_checked_arguments_set_the_engine() -> None:
+    (entry,) = parse_callbacks(
+        {"callback": "engine_size:EngineSize", "kwargs": {"max_model_len": 64}}
+    )
+    callback = entry.create()
+    assert isinstance(callback, EngineSize)
+    ctx = CallbackCtx(llm_config=None)
+    callback.on_before_init(ctx)
+    assert ctx.extra_init_kwargs == {"max_model_len": 64, "dtype": "auto"}
+
+
+def test_refused_arguments_are_what_the_page_shows() -> None:
+    kwargs = {"max_model_len": 0, "dtyp": "auto"}
+    shown = (EXAMPLES / "refused_arguments.txt").read_text().splitlines()
+    with pytest.raises(CallbackConfigError) as caught:
+        EngineSize(**kwargs)  # type: ignore[arg-type]
+    assert list(caught.value.problems) == shown
+    (entry,) = parse_callbacks({"callback": "engine_size:EngineSize", "kwargs": kwargs})
+    with pytest.raises(CallbackConfigError) as caught:
+        entry.create()
+    assert all(line in str(caught.value) for line in shown)
