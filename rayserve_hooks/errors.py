@@ -9,8 +9,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rayserve_hooks.trace import TraceEntry
-
 
 class HooksError(Exception):
     """Base class of this package's errors."""
@@ -136,17 +134,6 @@ class HookError(HooksError, RuntimeError):
     def __reduce__(self) -> tuple[object, ...]:
         fields = {name: value for name, value in vars(self).items() if name != "__notes__"}
         return _rebuild_hook_error, (fields, _portable(self.__cause__))
-
-
-def blame(call: TraceEntry | None, node: object, phase: Phase, detail: str) -> HookError:
-    """Return the error of a step; it names the callback of the call that is to blame, if any."""
-    return HookError(
-        callback=call.callback if call else None,
-        hook=call.hook if call else None,
-        node=str(node),
-        phase=phase,
-        detail=detail,
-    )
 
 
 def describe(error: BaseException) -> str:

@@ -12,9 +12,10 @@ from rayserve_hooks.cluster import travel
 from rayserve_hooks.cluster.node import initialize_this_node
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import threads
+from rayserve_hooks.core.failures import blame
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.running import clean_up, with_background
-from rayserve_hooks.errors import Phase, blame
+from rayserve_hooks.errors import Phase
 from rayserve_hooks.trace import TraceEntry
 
 P = ParamSpec("P")

@@ -11,10 +11,11 @@ from typing import Any
 from rayserve_hooks.cluster.node_actor import NodeActor
 from rayserve_hooks.cluster.travel import CleanUp, NodeReply, NodeRequest
 from rayserve_hooks.context import NodeInfo, NodeResult
+from rayserve_hooks.core.failures import blame
 from rayserve_hooks.core.hooks import CLEAN_UP
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.manager import manager_of
-from rayserve_hooks.errors import HookError, Phase, blame, describe
+from rayserve_hooks.errors import HookError, Phase, describe
 from rayserve_hooks.trace import TraceEntry
 
 _ATTEMPTS = 2  # of a process that is killed, for example for want of memory

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, DeferredConfig, NodeInfo, NodeResult
+from rayserve_hooks.core.failures import blame
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.download.model import Mirror
-from rayserve_hooks.errors import HookError, Phase, blame, describe
+from rayserve_hooks.errors import HookError, Phase, describe
 from rayserve_hooks.trace import TraceEntry
 
 Setters = dict[str, TraceEntry | None]  # by key of custom_data, the call that set it

@@ -6,12 +6,13 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from rayserve_hooks.context import CallbackCtx
+from rayserve_hooks.context import CallbackCtx, NodeInfo
 from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import HookError, Phase, RemoteCause, blame, describe
+from rayserve_hooks.errors import HookError, Phase, RemoteCause, describe
+from rayserve_hooks.trace import TraceEntry
 
 
 def settle(
@@ -91,6 +92,17 @@ def step_error(ctx: CallbackCtx, phase: Phase, detail: str, path: str | None = N
     setter = ctx.trace.who_changed(path) if path else None
     where = f"ctx.{path}: " if path else ""
     return blame(setter, ctx.node, phase, redact(f"{where}{detail}", recorder_of(ctx).values))
+
+
+def blame(call: TraceEntry | None, node: NodeInfo, phase: Phase, detail: str) -> HookError:
+    """Return the error of a step; it names the callback of the call that is to blame, if any."""
+    return HookError(
+        callback=call.callback if call else None,
+        hook=call.hook if call else None,
+        node=str(node),
+        phase=phase,
+        detail=detail,
+    )
 
 
 def _without_secrets(error: BaseException, values: Mapping[str, Any]) -> BaseException:
