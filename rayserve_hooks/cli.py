@@ -23,6 +23,7 @@ from rayserve_hooks.errors import CallbackConfigError, Problems
 from rayserve_hooks.trace import format_table
 
 Row = dict[str, Any]
+_COLUMNS = ("deployment", "hook", "position", "callback", "options", "distribution", "source")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,26 +172,17 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
                 options.append("async")
             if manager.warns(impl.plugin_name):
                 options.append("on_error=warn")
-            yield {
-                "deployment": deployment,
-                "hook": hook,
-                "position": position,
-                "callback": impl.plugin_name,
-                "options": options,
-                "distribution": _distribution_of(function.__module__),
-                "source": _source(function),
-            }
+            distribution = _distribution_of(function.__module__)
+            name, source = impl.plugin_name, _source(function)
+            yield _row(deployment, hook, position, name, options, distribution, source)
     for position, entry in enumerate(stack.entries, start=1):
         if entry.only_on_cluster:
-            yield {
-                "deployment": deployment,
-                "hook": "?",
-                "position": position,
-                "callback": entry.name,
-                "options": ["only_on_cluster"],
-                "distribution": "",
-                "source": str(entry.callback),
-            }
+            options, source = ["only_on_cluster"], str(entry.callback)
+            yield _row(deployment, "?", position, entry.name, options, "", source)
+
+
+def _row(*values: object) -> Row:
+    return dict(zip(_COLUMNS, values, strict=True))
 
 
 def _source(found: object) -> str:
@@ -207,9 +199,7 @@ def _distribution_of(module: str) -> str:
     return ", ".join(_release(importlib.metadata.distribution(name)) for name in sorted(set(names)))
 
 
-@functools.cache
-def _distributions() -> Mapping[str, list[str]]:
-    return importlib.metadata.packages_distributions()
+_distributions = functools.cache(importlib.metadata.packages_distributions)
 
 
 def _release(distribution: importlib.metadata.Distribution | None) -> str:

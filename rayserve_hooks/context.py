@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
-from rayserve_hooks.trace import Trace, TraceEntry
+from rayserve_hooks.trace import Trace
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -126,33 +126,17 @@ class NodeResult:
 
 @dataclass(frozen=True)
 class DeferredConfig:
-    """A config that is loaded when a callback first touches ``ctx.llm_config``.
+    """A config that ``load`` returns when a callback first touches ``ctx.llm_config``.
 
-    Loading one imports Ray's ``LLMConfig``, which takes seconds; most node processes never need it.
-
-    Args:
-        load: Returns the config.
+    That imports Ray's ``LLMConfig``, which takes seconds; most node processes never need it.
     """
 
     load: Callable[[], LLMConfig]
 
 
-class Recording(Protocol):
-    """What a context needs of the recorder that watches the running calls."""
-
-    running: TraceEntry | None
-
-    def note_assignment(self, name: str) -> None: ...
-
-    def run_in_background(self, fn: Callable[..., Any], *args: Any) -> Future[Any]: ...
-
-
 @dataclass(slots=True)
 class CtxState:
-    """What is behind a `CallbackCtx`.
-
-    Only `rayserve_hooks.core.recorder` uses it besides the context itself.
-    """
+    """What is behind a `CallbackCtx`; besides it only `rayserve_hooks.core.recorder` uses it."""
 
     llm_config: Any
     node: NodeInfo
@@ -160,7 +144,7 @@ class CtxState:
     handled: Handled | None
     values: dict[str, Any] = field(default_factory=dict)
     trace: Trace = field(default_factory=Trace)
-    recorder: Recording | None = None
+    recorder: Any = None  # of core, which the contract does not know
 
 
 T = TypeVar("T")
@@ -342,7 +326,7 @@ class CallbackCtx:
         recorder = self._state.recorder
         if recorder is None or recorder.running is None:
             raise RuntimeError("ctx.run_in_background() works in hooks only; call it from a hook")
-        return recorder.run_in_background(fn, *args)
+        return recorder.run_in_background(fn, *args)  # type: ignore[no-any-return]
 
     # Hidden from type checkers, for which a name that is not declared must not exist.
     if not TYPE_CHECKING:

@@ -172,7 +172,7 @@ class Recorder:
 def recorder_of(ctx: CallbackCtx) -> Recorder:
     """Return a context's recorder; one that was made by hand gets it here."""
     recorder = ctx._state.recorder  # noqa: SLF001 - as above
-    return recorder or Recorder(ctx)  # type: ignore[return-value] # the one implementation
+    return recorder or Recorder(ctx)
 
 
 def snapshot(value: Any) -> Any:

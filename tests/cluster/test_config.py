@@ -240,31 +240,25 @@ def test_unknown_callback_kwargs() -> None:
         get_plugin_manager(config)
 
 
-def test_an_instance_in_a_config_of_ray_travels_too() -> None:
+def config_of_ray(callback: Callback) -> Any:
     from ray.serve.llm import LLMConfig
 
-    config = LLMConfig(
-        model_loading_config={"model_id": "m"},
-        callback_config={
-            "callback_class": "rayserve_hooks.HooksCallback",
-            "callback_kwargs": {"callbacks": [Callback()]},
-        },
-    )
+    settings: Any = {
+        "callback_class": "rayserve_hooks.HooksCallback",
+        "callback_kwargs": {"callbacks": [callback]},
+    }
+    return LLMConfig(model_loading_config={"model_id": "m"}, callback_config=settings)
+
+
+def test_an_instance_in_a_config_of_ray_travels_too() -> None:
+    config = config_of_ray(Callback())
     (entry,) = pickle.loads(pickle.dumps(stack_of(config))).entries
     assert isinstance(entry.create(), Callback)
 
 
 def test_an_instance_in_a_config_of_ray_that_cannot_travel() -> None:
-    from ray.serve.llm import LLMConfig
-
     callback = Callback()
     callback.on_before_init(None)
-    config = LLMConfig(
-        model_loading_config={"model_id": "m"},
-        callback_config={
-            "callback_class": "rayserve_hooks.HooksCallback",
-            "callback_kwargs": {"callbacks": [callback]},
-        },
-    )
+    config = config_of_ray(callback)
     with pytest.raises(ValueError, match="its attribute 'stream', a generator"):
         stack_of(config)

@@ -13,7 +13,7 @@ NODE = NodeInfo("n1", "10.0.0.1", is_local=True)
 
 
 def ctx() -> CallbackCtx:
-    return CallbackCtx(llm_config=lambda: None, node=NODE)  # type: ignore[arg-type, return-value]
+    return CallbackCtx(llm_config=None, node=NODE)
 
 
 def test_it_takes_over_with_its_own_model(tmp_path: Path) -> None:
