@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import sys
 
@@ -119,13 +118,3 @@ def test_streaming_formats_download_nothing() -> None:
     )
     assert _ray.default_download_mode(plain) is NodeModelDownloadable.MODEL_AND_TOKENIZER
     assert _ray.default_download_mode(streaming) is NodeModelDownloadable.NONE
-
-
-def test_a_task_can_ask_for_its_attempt() -> None:
-    from ray._private import worker
-
-    assert hasattr(worker, "global_worker"), "Ray moved global_worker; see _ray.task_attempt"
-    core_worker = importlib.import_module("ray._raylet").CoreWorker
-    assert hasattr(core_worker, "get_current_task_attempt_number"), (
-        "Ray moved get_current_task_attempt_number; see _ray.task_attempt"
-    )

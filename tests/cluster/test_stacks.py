@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -151,8 +150,11 @@ def test_an_instance_in_a_config_of_ray_travels_as_it_was_configured() -> None:
 @imports_ray
 def test_an_instance_in_a_config_of_ray_that_cannot_travel_is_refused() -> None:
     instance = Plain()
-    instance.lock = threading.Lock()  # type: ignore[attr-defined]
-    text = "callback 'Plain' cannot be sent to another process: .* its attribute 'lock', a lock: "
+    instance.stream = (number for number in range(1))  # type: ignore[attr-defined]
+    text = (
+        "callback 'Plain' cannot be sent to another process: .* its attribute 'stream', a "
+        "generator: "
+    )
     with pytest.raises(CallbackConfigError, match=text):
         stack_of(config_of(instance))
 
