@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
 
 ABSENT = "<absent>"
 """What a `Change` shows in place of a key that is not there."""
@@ -83,65 +82,39 @@ class TraceEntry:
             self.outcome = outcome
 
 
-class Trace(Sequence[TraceEntry]):
+class Trace(list[TraceEntry]):
     """The calls of one initialization, in the order in which they started, node after node."""
-
-    def __init__(self) -> None:
-        self._entries: list[TraceEntry] = []
-
-    @overload
-    def __getitem__(self, index: int) -> TraceEntry: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TraceEntry]: ...
-    def __getitem__(self, index: int | slice) -> TraceEntry | list[TraceEntry]:
-        return self._entries[index]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __iter__(self) -> Iterator[TraceEntry]:
-        return iter(self._entries)
 
     def __repr__(self) -> str:
         return f"<Trace of {len(self)} calls>\n{self.table()}"
 
-    def add(self, entry: TraceEntry) -> None:
-        self._entries.append(entry)
-
-    def extend(self, entries: Sequence[TraceEntry]) -> None:
-        self._entries.extend(entries)
-
     def who_changed(self, path: str) -> TraceEntry | None:
         """Find the last call that changed ``path``, such as ``"custom_data.key"``, or in it."""
-        for entry in reversed(self._entries):
+        for entry in reversed(self):
             if any(changed == path or changed.startswith(f"{path}.") for changed in entry.changed):
                 return entry
         return None
 
     def table(self) -> str:
         """Format the calls for people, one a line."""
-        return format_table(
-            ("hook", "callback", "process", "pid", "node", "ms", "outcome", "changed"),
-            [
-                (
-                    entry.hook,
-                    f"{entry.callback}/{entry.background}" if entry.background else entry.callback,
-                    entry.role,
-                    str(entry.pid),
-                    entry.node_id[:8],
-                    "" if entry.duration_s is None else f"{entry.duration_s * 1000:.1f}",
-                    _outcome(entry),
-                    ", ".join(map(str, entry.changes)),
-                )
-                for entry in self._entries
-            ],
-        )
+        header = ("hook", "callback", "process", "pid", "node", "ms", "outcome", "changed")
+        return format_table(header, [_row(entry) for entry in self])
 
 
-def _outcome(entry: TraceEntry) -> str:
+def _row(entry: TraceEntry) -> tuple[str, ...]:
+    background = f"/{entry.background}" if entry.background else ""
     reason = f": {entry.reason}" if entry.reason else ""
     attempt = f", attempt {entry.attempt}" if entry.attempt > 1 else ""
-    return f"{entry.outcome}{reason}{attempt}"
+    return (
+        entry.hook,
+        f"{entry.callback}{background}",
+        entry.role,
+        str(entry.pid),
+        entry.node_id[:8],
+        "" if entry.duration_s is None else f"{entry.duration_s * 1000:.1f}",
+        f"{entry.outcome}{reason}{attempt}",
+        ", ".join(map(str, entry.changes)),
+    )
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

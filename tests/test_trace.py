@@ -19,7 +19,7 @@ def ran(callback: str, **changes: str) -> TraceEntry:
 def trace_of(*entries: TraceEntry) -> Trace:
     trace = Trace()
     for entry in entries:
-        trace.add(entry)
+        trace.append(entry)
     return trace
 
 
@@ -94,15 +94,15 @@ def test_the_table_of_nothing_is_its_header() -> None:
 
 def test_a_running_call_has_an_empty_time() -> None:
     trace = Trace()
-    trace.add(TraceEntry("A", "on_before_init", "node", "0123456789"))
+    trace.append(TraceEntry("A", "on_before_init", "node", "0123456789"))
     cells = trace.table().splitlines()[2].split()
     assert cells == ["on_before_init", "A", "node", str(os.getpid()), "01234567", "running"]
 
 
 def test_the_table_names_what_ran_in_the_background_and_a_later_attempt() -> None:
     trace = Trace()
-    trace.add(TraceEntry("A", "on_before_init", "node", "n1", background="warm_up"))
-    trace.add(TraceEntry("A", "on_before_init", "node", "n1", attempt=2))
+    trace.append(TraceEntry("A", "on_before_init", "node", "n1", background="warm_up"))
+    trace.append(TraceEntry("A", "on_before_init", "node", "n1", attempt=2))
     first, second = trace.table().splitlines()[2:]
     assert first.split()[1] == "A/warm_up"
     assert second.endswith("running, attempt 2")

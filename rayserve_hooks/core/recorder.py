@@ -165,7 +165,7 @@ class Recorder:
             background=background,
             attempt=self._attempt,
         )
-        self._state.trace.add(entry)
+        self._state.trace.append(entry)
         return entry
 
 
