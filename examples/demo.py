@@ -239,7 +239,7 @@ def print_trace(path: Path) -> None:
     for call in json.loads(path.read_text()):
         changes = tuple(Change(**change) for change in call.pop("changes"))
         if call["callback"] != "TraceWriter":
-            trace.add(TraceEntry(**call, changes=changes))
+            trace.append(TraceEntry(**call, changes=changes))
     print(f"\nwho ran where\n\n{trace.table()}\n")
 
 
