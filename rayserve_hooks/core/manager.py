@@ -10,7 +10,8 @@ import pluggy
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import _pluggy
-from rayserve_hooks.core.calls import Call, plain_call, wrapper_call
+from rayserve_hooks.core.calls import plain_call, wrapper_call
+from rayserve_hooks.core.failures import Blame
 from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS
 from rayserve_hooks.core.inspection import HookFunction, hook_functions
 from rayserve_hooks.core.stack import CallbackStack
@@ -110,8 +111,8 @@ class PluginManager(pluggy.PluginManager):
     def _instrumented(self, hook: HookFunction, name: str) -> _pluggy.HookFunction:
         if hook.hook not in HOOKS:
             return hook.function
-        call = Call(hook.function, name, hook.hook, self.warns(name), self.kwargs_of(name))
-        return wrapper_call(call) if hook.options["wrapper"] else plain_call(call)
+        instrument = wrapper_call if hook.options["wrapper"] else plain_call
+        return instrument(hook.function, self.blame(name, hook.hook))
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         registered: RegisteredCallback = plugin
@@ -158,10 +159,10 @@ class PluginManager(pluggy.PluginManager):
         entry = self._entries.get(callback)
         return ((entry and entry.on_error) or self.stack.on_error) == "warn"
 
-    def kwargs_of(self, callback: str) -> Mapping[str, Any]:
-        """Return a callback's constructor arguments; their secrets stay out of errors."""
+    def blame(self, callback: str, hook: str) -> Blame:
+        """Return what a callback's failure in a hook is charged to."""
         entry = self._entries.get(callback)
-        return entry.kwargs if entry else {}
+        return Blame(callback, hook, self.warns(callback), entry.kwargs if entry else {})
 
     def clean_up(
         self, ctx: CallbackCtx, error: BaseException, started: Iterable[str]

@@ -21,12 +21,7 @@ from rayserve_hooks.trace import ABSENT, Change, TraceEntry
 
 @dataclass(frozen=True)
 class BackgroundTask:
-    """What a callback started with ``ctx.run_in_background``.
-
-    Attributes:
-        entry: Its line in the trace, with the callback and hook that started it.
-        call: The running function.
-    """
+    """What a callback started with ``ctx.run_in_background``, and its line in the trace."""
 
     entry: TraceEntry
     call: threads.ThreadCall[Any]
@@ -35,17 +30,7 @@ class BackgroundTask:
 class Recorder:
     """Brackets each call of a callback, so that errors, trace and conflicts can name it.
 
-    Args:
-        ctx: The context to watch; a context has one recorder.
-        role: ``"replica"``, ``"node"`` or ``"driver"``, for the trace.
-        attempt: How often this node's process was started, for the trace.
-        on_call: Called with the trace entry of each call before the call starts.
-
-    Attributes:
-        running: The call that is running, the innermost one; None between calls.
-        assigned: The fields that callbacks have assigned.
-        background: What was started with ``ctx.run_in_background`` and has not been taken yet.
-        values: The context's read/write fields, to keep their secrets out of texts.
+    A context has one. ``on_call`` is called with each call's trace entry before the call starts.
     """
 
     def __init__(
@@ -60,18 +45,14 @@ class Recorder:
         self._state.recorder = self
         self._role, self._attempt, self._on_call = role, attempt, on_call
         self._conflicts: dict[str, str] = {}
-        self.running: TraceEntry | None = None
-        self.assigned: set[str] = set()
-        self.background: list[BackgroundTask] = []
+        self.running: TraceEntry | None = None  # the innermost call
+        self.assigned: set[str] = set()  # the fields that callbacks have assigned
+        self.background: list[BackgroundTask] = []  # until `with_background` takes it
         self.values: Mapping[str, Any] = self._state.values
         self._before = snapshot(self.values)
 
     def begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
-        """Note that a call starts.
-
-        Returns:
-            Its trace entry, and that of the call around it, for `end`.
-        """
+        """Return a starting call's trace entry, and that of the call around it, for `end`."""
         outer = self.running
         if outer is not None:  # a hook call inside a callback: charge it with its own changes
             self.note_changes(outer)
@@ -82,7 +63,6 @@ class Recorder:
         return entry, outer
 
     def end(self, entry: TraceEntry, outer: TraceEntry | None, outcome: str) -> None:
-        """Note that a call has ended."""
         self.note_changes(entry)
         self.running = outer
         entry.finish(outcome)
@@ -110,12 +90,10 @@ class Recorder:
             self._conflicts[path] = entry.callback
 
     def note_assignment(self, name: str) -> None:
-        """Note that a field was assigned, if a callback is running."""
         if self.running is not None:
             self.assigned.add(name)
 
     def run_in_background(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Start what `CallbackCtx.run_in_background` documents."""
         running = self.running
         assert running is not None
         name = getattr(fn, "__name__", type(fn).__name__)
@@ -137,7 +115,6 @@ class Recorder:
         return call.future
 
     def take_over(self, handled: Handled | None) -> None:
-        """Set ``ctx.handled``."""
         self._state.handled = handled
 
     def adopt(self, **values: Any) -> None:
@@ -146,7 +123,6 @@ class Recorder:
         self._before = snapshot(self.values)
 
     def set_nodes(self, results: Mapping[str, NodeResult]) -> None:
-        """Set ``ctx.nodes``."""
         self._state.nodes.update(results)
 
     def set_own_custom_data(self) -> None:
@@ -187,16 +163,9 @@ def snapshot(value: Any) -> Any:
 def changes_between(
     before: Mapping[str, Any], after: Mapping[str, Any], path: str = "", secret: bool = False
 ) -> tuple[Change, ...]:
-    """List where two snapshots differ, through dicts, in ``after``'s order.
-
-    Args:
-        before: The earlier snapshot.
-        after: The later one.
-        path: Where in the context they are.
-        secret: Whether all their values are.
-    """
+    """Return where two snapshots of ``path`` differ, through dicts, in ``after``'s order."""
     changes: list[Change] = []
-    for key in [*after, *(key for key in before if key not in after)]:
+    for key in {**after, **before}:
         here = f"{path}.{key}" if path else str(key)
         hidden = secret or is_secret(key)
         old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from rayserve_hooks.context import CallbackCtx
@@ -22,19 +23,7 @@ _POLL_S = 0.5
 
 
 async def call_hook(manager: PluginManager, hook: str, ctx: CallbackCtx) -> Any:
-    """Call a hook in a thread, within its time limit.
-
-    Args:
-        manager: The callbacks.
-        hook: The hook's name.
-        ctx: The context.
-
-    Returns:
-        The hook's result.
-
-    Raises:
-        HookError: A callback failed, or all together took longer than the limit.
-    """
+    """Return a hook's result; it runs in a thread, within its time limit."""
     limit = getattr(manager.stack.time_limits, hook)
     async with time_limit(hook, limit, ctx, PHASES[hook]):
         return await threads.run_in_thread(getattr(manager.hook, hook), ctx=ctx)
@@ -44,17 +33,7 @@ async def call_hook(manager: PluginManager, hook: str, ctx: CallbackCtx) -> Any:
 async def time_limit(
     name: str, seconds: float | None, ctx: CallbackCtx, phase: Phase
 ) -> AsyncIterator[None]:
-    """Give up the block, and what it runs in a thread, after ``seconds``.
-
-    Args:
-        name: The limit's name in ``time_limits``.
-        seconds: None means no limit.
-        ctx: The context; names the callback that is running.
-        phase: The step, for the error.
-
-    Raises:
-        HookError: It took longer; names the callback that was running.
-    """
+    """Give up the block, and what it runs in a thread, after ``seconds``; None means never."""
     try:
         async with asyncio.timeout(seconds) as deadline:
             yield
@@ -67,15 +46,7 @@ async def time_limit(
 def timed_out(
     name: str, seconds: float, ctx: CallbackCtx, phase: Phase, rest: str = ""
 ) -> HookError:
-    """Return the error of a time limit that has run out.
-
-    Args:
-        name: The limit's name in ``time_limits``.
-        seconds: The limit.
-        ctx: The context; names the callback that is running.
-        phase: The step.
-        rest: What follows in the text.
-    """
+    """Return the error of a time limit that has run out; names the callback that is running."""
     # An async call has ended because its wait was cancelled; the last of them is the innermost.
     ended = (entry for entry in reversed(ctx.trace) if entry.outcome == "interrupted")
     running = recorder_of(ctx).running or next(ended, None)
@@ -95,11 +66,7 @@ def timed_out(
 async def with_background(
     manager: PluginManager, ctx: CallbackCtx, work: Coroutine[Any, Any, T]
 ) -> T:
-    """Await ``work`` and everything that callbacks start beside it with `run_in_background`.
-
-    Raises:
-        HookError: A background task failed; ``work`` is cancelled then.
-    """
+    """Await ``work`` and all that callbacks start beside it; if one fails, cancel the rest."""
     main = asyncio.ensure_future(work)
     started = recorder_of(ctx).background
     tasks: dict[asyncio.Future[Any], BackgroundTask] = {}
@@ -139,32 +106,18 @@ def _settle(
     if not isinstance(error, Exception):
         raise error
     entry = task.entry
-    warns = manager.warns(entry.callback)
-    settle(
-        error,
-        ctx,
-        entry.callback,
-        entry.hook,
-        kwargs=manager.kwargs_of(entry.callback),
-        warns=warns,
-        what=f"its background task {entry.background!r} raised ",
-    )
-    entry.outcome = "warned" if warns else "failed"
+    what = f"its background task {entry.background!r} raised "
+    blame = replace(manager.blame(entry.callback, entry.hook), what=what)
+    settle(error, ctx, blame)
+    entry.outcome = "warned" if blame.warns else "failed"
 
 
 async def clean_up(
     manager: PluginManager, ctx: CallbackCtx, error: BaseException, started: Iterable[str] = ()
 ) -> list[HookError]:
-    """Run ``on_init_failed`` in this process.
+    """Run ``on_init_failed`` in this process and return what failed in it, its limit included.
 
-    Args:
-        manager: The callbacks.
-        ctx: The context.
-        error: What ended the initialization.
-        started: Callbacks that had started in another process of this node.
-
-    Returns:
-        What failed in it, a time limit included.
+    ``started`` are callbacks that had started in another process of this node.
     """
     here = (ctx.node.id, os.getpid())
     started = {*started, *(e.callback for e in ctx.trace if (e.node_id, e.pid) == here)}
