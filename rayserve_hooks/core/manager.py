@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pluggy
@@ -27,29 +28,19 @@ class RegisteredCallback:
     need. `PluginManager.get_plugin`, `get_plugins` and `list_name_plugin` return it, and it is the
     ``plugin`` of every ``HookImpl``.
 
-    Args:
-        callback: The callback itself.
-        name: The name it is registered under.
-        functions: By attribute, what pluggy calls and what ``@hookimpl`` says of it.
-
     Attributes:
         callback: The callback itself.
         name: The name it is registered under.
     """
 
-    def __init__(
-        self,
-        callback: object,
-        name: str,
-        functions: Mapping[str, tuple[_pluggy.HookFunction, pluggy.HookimplOpts]],
-    ) -> None:
-        for attribute, (function, options) in functions.items():
+    def __init__(self, callback: object, name: str, hooks: Sequence[HookFunction]) -> None:
+        for hook in hooks:
             # By specname too: pluggy 1.6 asks for the hook's name whether a plugin has the hook.
-            vars(self).setdefault(options.get("specname") or attribute, None)
-            vars(self)[attribute] = function
+            vars(self).setdefault(hook.hook, None)
+            vars(self)[hook.attribute] = hook.function
         self.callback = callback
         self.name = name
-        self._options = {attribute: options for attribute, (_, options) in functions.items()}
+        self._options = {hook.attribute: hook.options for hook in hooks}
 
     def options_of(self, attribute: str) -> pluggy.HookimplOpts | None:
         """Return what ``@hookimpl`` says of a hook, or None for another attribute."""
@@ -102,17 +93,15 @@ class PluginManager(pluggy.PluginManager):
                 "or make two instances"
             )
         name = name or self.get_canonical_name(plugin)
-        functions = {
-            hook.attribute: (self._instrumented(hook, name), hook.options)
-            for hook in hook_functions(plugin, self.project_name)
-        }
-        return super().register(RegisteredCallback(plugin, name, functions), name)
+        found = hook_functions(plugin, self.project_name)
+        hooks = [self._instrumented(hook, name) for hook in found]
+        return super().register(RegisteredCallback(plugin, name, hooks), name)
 
-    def _instrumented(self, hook: HookFunction, name: str) -> _pluggy.HookFunction:
+    def _instrumented(self, hook: HookFunction, name: str) -> HookFunction:
         if hook.hook not in HOOKS:
-            return hook.function
+            return hook
         instrument = wrapper_call if hook.options["wrapper"] else plain_call
-        return instrument(hook.function, self.blame(name, hook.hook))
+        return replace(hook, function=instrument(hook.function, self.blame(name, hook.hook)))
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         registered: RegisteredCallback = plugin
@@ -167,16 +156,9 @@ class PluginManager(pluggy.PluginManager):
     def clean_up(
         self, ctx: CallbackCtx, error: BaseException, started: Iterable[str]
     ) -> list[HookError]:
-        """Call ``on_init_failed`` of the callbacks that had started in this process.
+        """Call ``on_init_failed`` of the callbacks that have ``started``; return what failed.
 
-        Args:
-            ctx: The context.
-            error: What ended the initialization.
-            started: Names of the callbacks of which a hook was called. One that has no other
-                hook counts as started.
-
-        Returns:
-            What failed in it.
+        A callback that has no other hook counts as started.
         """
         others = [order for hook, order in self.run_order().items() if hook != CLEAN_UP]
         idle = set().union(*others) - set(started)
@@ -203,9 +185,6 @@ def manager_of(stack: CallbackStack) -> PluginManager:
 
     Ray reuses worker processes across deployments, so the manager is kept by deployment and
     callback list, never by process alone. Threads that ask at the same moment get the same one.
-
-    Raises:
-        CallbackConfigError: A callback cannot be imported or built, or is none.
     """
     with _managers_lock:
         if stack.key not in _managers:

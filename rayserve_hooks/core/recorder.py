@@ -133,13 +133,9 @@ class Recorder:
             self._state.nodes[node_id] = dataclasses.replace(here, custom_data=custom_data)
 
     def _entry(self, callback: str, hook: str, background: str = "") -> TraceEntry:
+        node_id, attempt = self._state.node.id, self._attempt
         entry = TraceEntry(
-            callback,
-            hook,
-            self._role,
-            self._state.node.id,
-            background=background,
-            attempt=self._attempt,
+            callback, hook, self._role, node_id, background=background, attempt=attempt
         )
         self._state.trace.add(entry)
         return entry
