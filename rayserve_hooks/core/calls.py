@@ -47,9 +47,7 @@ def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]
     return call
 
 
-def wrapper_call(
-    function: Callable[..., Any], blame: Blame
-) -> Callable[..., Generator[None, Any, Any]]:
+def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]:
     """Return the generator function that pluggy calls in place of a wrapper's own."""
     hook, ctx_index = blame.hook, _ctx_index(function)
 

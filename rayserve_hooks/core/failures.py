@@ -13,6 +13,7 @@ from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import HookError, Phase, RemoteCause, describe
+from rayserve_hooks.trace import TraceEntry
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ def step_error(ctx: CallbackCtx, phase: Phase, detail: str, path: str | None = N
     """Return the `HookError` of a step that is no hook; it names the callback that set ``path``."""
     setter = ctx.trace.who_changed(path) if path else None
     where = f"ctx.{path}: " if path else ""
-    return HookError(
-        callback=setter.callback if setter else None,
-        hook=setter.hook if setter else None,
-        node=str(ctx.node),
-        phase=phase,
-        detail=redact(f"{where}{detail}", recorder_of(ctx).values),
-    )
+    return entry_error(setter, ctx, phase, redact(f"{where}{detail}", recorder_of(ctx).values))
+
+
+def entry_error(entry: TraceEntry | None, ctx: CallbackCtx, phase: Phase, detail: str) -> HookError:
+    """Return the `HookError` of a step that is no hook; it names the call behind it, if any."""
+    callback, hook = (entry.callback, entry.hook) if entry else (None, None)
+    return HookError(callback=callback, hook=hook, node=str(ctx.node), phase=phase, detail=detail)
 
 
 def _without_secrets(error: BaseException, values: Mapping[str, Any]) -> BaseException:

@@ -86,14 +86,14 @@ def hook_problems(callback: object) -> list[str]:
     """Return what keeps ``callback`` from being a callback; empty when nothing does."""
     problems: list[str] = []
     hooks = {function.attribute: function for function in hook_functions(callback)}
-    named = 0
+    named = False
     for name in _names(callback):
         static = inspect.getattr_static(callback, name, None)
         if name.startswith("_") or is_inherited_spec(static):
             continue
         hook = hooks[name].hook if name in hooks else name
         if hook in HOOKS:
-            named += 1
+            named = True
             if name in hooks:
                 problems.extend(_signature_problems(hooks[name]))
             else:
@@ -105,9 +105,8 @@ def hook_problems(callback: object) -> list[str]:
             elif name in hooks:
                 problems.append(f"{name!r} is marked as a hook; use one of {', '.join(HOOKS)}")
     if not named and not problems:
-        problems.append(
-            f"{type(callback).__name__} has no hook; define at least one of {', '.join(HOOKS)}"
-        )
+        kind = type(callback).__name__
+        problems.append(f"{kind} has no hook; define at least one of {', '.join(HOOKS)}")
     return problems
 
 

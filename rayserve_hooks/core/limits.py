@@ -47,7 +47,7 @@ class TimeLimits:
             )
         problems = []
         try:
-            return adapter(cls).validate_python({str(name): s for name, s in values.items()})
+            return adapter(cls).validate_python({str(key): values[key] for key in values})
         except ValidationError as error:
             for problem in problems_of(error, known):
                 text = "write seconds, more than 0, or null for no limit"

@@ -26,11 +26,7 @@ class RegisteredCallback:
     pluggy compares plugins with ``==`` and would take two equal instances, such as those of a
     dataclass, for one; and it offers no interception of single calls, which recording and blame
     need. `PluginManager.get_plugin`, `get_plugins` and `list_name_plugin` return it, and it is the
-    ``plugin`` of every ``HookImpl``.
-
-    Attributes:
-        callback: The callback itself.
-        name: The name it is registered under.
+    ``plugin`` of every ``HookImpl``. Its ``callback`` is the callback itself.
     """
 
     def __init__(self, callback: object, name: str, hooks: Sequence[HookFunction]) -> None:
@@ -55,13 +51,8 @@ class RegisteredCallback:
 class PluginManager(pluggy.PluginManager):
     """A `pluggy.PluginManager` whose hooks run in list order, are traced and name who failed.
 
-    Its methods take a callback or its `RegisteredCallback`, and return the latter.
-
-    Args:
-        stack: The callbacks to build and register.
-
-    Raises:
-        CallbackConfigError: A callback cannot be imported or built, or is none.
+    It builds and registers the callbacks of a stack; an error names all that cannot be. Its
+    methods take a callback or its `RegisteredCallback`, and return the latter.
     """
 
     def __init__(self, stack: CallbackStack) -> None:
@@ -78,12 +69,7 @@ class PluginManager(pluggy.PluginManager):
             _pluggy.reverse_groups(getattr(self.hook, hook), *groups)
 
     def register(self, plugin: Any, name: str | None = None) -> str | None:
-        """Register a callback; a method named after a hook is that hook, decorated or not.
-
-        Raises:
-            CallbackConfigError: The same object is registered already.
-            ValueError: The name is taken.
-        """
+        """Register a callback; a method named after a hook is that hook, decorated or not."""
         if isinstance(plugin, RegisteredCallback):
             plugin = plugin.callback
         already = self.get_name(plugin)

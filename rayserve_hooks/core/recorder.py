@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, Handled, NodeResult
@@ -17,14 +16,6 @@ from rayserve_hooks.core import threads
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import is_secret, shown
 from rayserve_hooks.trace import ABSENT, Change, TraceEntry
-
-
-@dataclass(frozen=True)
-class BackgroundTask:
-    """What a callback started with ``ctx.run_in_background``, and its line in the trace."""
-
-    entry: TraceEntry
-    call: threads.ThreadCall[Any]
 
 
 class Recorder:
@@ -47,7 +38,8 @@ class Recorder:
         self._conflicts: dict[str, str] = {}
         self.running: TraceEntry | None = None  # the innermost call
         self.assigned: set[str] = set()  # the fields that callbacks have assigned
-        self.background: list[BackgroundTask] = []  # until `with_background` takes it
+        # What was started beside the hooks, until `with_background` takes it.
+        self.background: list[tuple[TraceEntry, threads.ThreadCall[Any]]] = []
         self.values: Mapping[str, Any] = self._state.values
         self._before = snapshot(self.values)
 
@@ -77,17 +69,13 @@ class Recorder:
         changes = changes_between(self._before, self.values)
         entry.changes = (*entry.changes, *changes)
         self._before = snapshot(self.values)
+        last = entry.callback
         for path in (change.path for change in changes):
-            earlier = self._conflicts.get(path, entry.callback)
-            if earlier != entry.callback and not path.startswith("custom_data"):
-                logger.warning(
-                    "callbacks %r and %r both set ctx.%s; %r ran last and has the last word",
-                    earlier,
-                    entry.callback,
-                    path,
-                    entry.callback,
-                )
-            self._conflicts[path] = entry.callback
+            earlier = self._conflicts.get(path, last)
+            if earlier != last and not path.startswith("custom_data"):
+                text = "callbacks %r and %r both set ctx.%s; %r ran last and has the last word"
+                logger.warning(text, earlier, last, path, last)
+            self._conflicts[path] = last
 
     def note_assignment(self, name: str) -> None:
         if self.running is not None:
@@ -111,7 +99,7 @@ class Recorder:
                 entry.finish(outcome)
 
         call = threads.start_in_thread(run)
-        self.background.append(BackgroundTask(entry, call))
+        self.background.append((entry, call))
         return call.future
 
     def take_over(self, handled: Handled | None) -> None:
@@ -173,15 +161,12 @@ def changes_between(
         if isinstance(old, dict) and isinstance(new, dict):
             changes.extend(changes_between(old, new, here, hidden))
         elif not _same(old, new):
-            changes.append(Change(here, _formatted(old, hidden), _formatted(new, hidden)))
+            texts = (ABSENT if it is _ABSENT else shown(it, hidden) for it in (old, new))
+            changes.append(Change(here, *texts))
     return tuple(changes)
 
 
 _ABSENT = object()
-
-
-def _formatted(value: Any, secret: bool) -> str:
-    return ABSENT if value is _ABSENT else shown(value, secret)
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import threads
-from rayserve_hooks.core.failures import settle
+from rayserve_hooks.core.failures import entry_error, settle
 from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
 from rayserve_hooks.core.manager import PluginManager
-from rayserve_hooks.core.recorder import BackgroundTask, recorder_of
+from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import HookError, Phase
+from rayserve_hooks.trace import TraceEntry
 
 T = TypeVar("T")
 
@@ -53,14 +54,11 @@ def timed_out(
     if running is not None:
         running.finish("timed out")
         running.outcome = "timed out"
-    return HookError(
-        callback=running.callback if running else None,
-        hook=running.hook if running else None,
-        node=str(ctx.node),
-        phase=phase,
-        detail=f"not done after {seconds:g} s, the time limit {name!r}; see what it waits "
-        f"for, or raise the limit in time_limits{rest}",
+    detail = (
+        f"not done after {seconds:g} s, the time limit {name!r}; see what it waits for, or raise "
+        f"the limit in time_limits{rest}"
     )
+    return entry_error(running, ctx, phase, detail)
 
 
 async def with_background(
@@ -69,12 +67,12 @@ async def with_background(
     """Await ``work`` and all that callbacks start beside it; if one fails, cancel the rest."""
     main = asyncio.ensure_future(work)
     started = recorder_of(ctx).background
-    tasks: dict[asyncio.Future[Any], BackgroundTask] = {}
+    tasks: dict[asyncio.Future[Any], tuple[TraceEntry, threads.ThreadCall[Any]]] = {}
     try:
         while True:
             while started:
-                task = started.pop(0)
-                tasks[asyncio.wrap_future(task.call.future)] = task
+                entry, call = started.pop(0)
+                tasks[asyncio.wrap_future(call.future)] = entry, call
             waiting = [future for future in (main, *tasks) if not future.done()]
             if not waiting:
                 return main.result()
@@ -85,12 +83,14 @@ async def with_background(
             if main in done:
                 main.result()
             for future in done - {main}:
-                _settle(manager, ctx, tasks[future], future)
+                error = future.exception()
+                if error is not None:
+                    _settle(manager, ctx, tasks[future][0], error)
     finally:
         for future in (main, *tasks):
             future.cancel()
-        for task in (*tasks.values(), *started):  # some it has not noticed yet
-            task.call.give_up()
+        for _, call in (*tasks.values(), *started):  # some it has not noticed yet
+            call.give_up()
         started.clear()
         await asyncio.wait([main])
         if not main.cancelled():
@@ -98,14 +98,10 @@ async def with_background(
 
 
 def _settle(
-    manager: PluginManager, ctx: CallbackCtx, task: BackgroundTask, future: asyncio.Future[Any]
+    manager: PluginManager, ctx: CallbackCtx, entry: TraceEntry, error: BaseException
 ) -> None:
-    error = future.exception()
-    if error is None:
-        return
     if not isinstance(error, Exception):
         raise error
-    entry = task.entry
     what = f"its background task {entry.background!r} raised "
     blame = replace(manager.blame(entry.callback, entry.hook), what=what)
     settle(error, ctx, blame)

@@ -152,10 +152,10 @@ class CallbackStack:
         """
         problems = Problems()
         entries = _parse_entries(callbacks, problems)
-        limits = TimeLimits()
+        stack = cls(entries, on_error, adapt=adapt)
         with problems.collected():
             limits = TimeLimits.parse({} if time_limits is None else time_limits)
-        stack = cls(entries, on_error, limits, adapt=adapt)
+            stack = replace(stack, time_limits=limits)
         if problems:
             with problems.collected():
                 stack.here().build()

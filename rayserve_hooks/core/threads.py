@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -125,11 +126,9 @@ def run_coroutine(awaitable: Awaitable[T]) -> T:
     that a client opened in one hook still works in the next. A hook that an async callback calls
     would wait for a loop that waits for it; its coroutines get a loop of their own.
     """
-    inside_loop = True
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        inside_loop = False
+    inside_loop = False
+    with contextlib.suppress(RuntimeError):
+        inside_loop = asyncio.get_running_loop() is not None
     call = _running_call.get()
     if inside_loop and _nested.get():
         with concurrent.futures.ThreadPoolExecutor(1, "rayserve_hooks-aio-nested") as thread:

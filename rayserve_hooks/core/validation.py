@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayserve_hooks.core.masking import MASK, is_secret, redact, shown
@@ -41,11 +40,9 @@ _LIMITS = {
 }
 
 
-def described(
-    description: str, rules: Mapping[str, Any] = MappingProxyType({}), **options: Any
-) -> Any:
+def described(description: str, rules: Mapping[str, Any] | None = None, **options: Any) -> Any:
     """Return a field of a dataclass that `adapter` reads, with what pydantic has to know of it."""
-    return dataclasses.field(metadata={"description": description, **rules}, **options)
+    return dataclasses.field(metadata={"description": description, **(rules or {})}, **options)
 
 
 # Of dataclasses of the standard library: the schema is built where values are parsed, and not in
