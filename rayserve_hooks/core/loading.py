@@ -30,9 +30,7 @@ def no_adapter(found: object, kwargs: Mapping[str, Any]) -> object | None:
     return None
 
 
-def build(
-    target: str | type | Instance, kwargs: Mapping[str, Any], adapt: Adapt = no_adapter
-) -> object:
+def build(target: str | type | Instance, kwargs: Mapping[str, Any], adapt: Adapt) -> object:
     """Return the plugin that a config names: an instance, or the module that is one."""
     if isinstance(target, Instance):
         plugin = target.load()

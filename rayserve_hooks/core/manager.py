@@ -69,7 +69,10 @@ class PluginManager(pluggy.PluginManager):
             _pluggy.reverse_groups(getattr(self.hook, hook), *groups)
 
     def register(self, plugin: Any, name: str | None = None) -> str | None:
-        """Register a callback; a method named after a hook is that hook, decorated or not."""
+        """Register a callback; a method named after a hook is that hook, decorated or not.
+
+        An object that is registered already is a `CallbackConfigError`, a taken name a ValueError.
+        """
         if isinstance(plugin, RegisteredCallback):
             plugin = plugin.callback
         already = self.get_name(plugin)

@@ -266,9 +266,8 @@ def _message(problem: Problem, item: Mapping[Any, Any], where: str) -> str:
     if problem.path == "only_on_cluster":
         return _not_elsewhere(item, where)
     if problem.path == "kwargs" and not problem.of_key:  # its value may hold a secret
-        return (
-            f"{where}: kwargs is {type(item['kwargs']).__name__}; write a mapping of argument names"
-        )
+        kind = type(item["kwargs"]).__name__
+        return f"{where}: kwargs is {kind}; write a mapping of argument names"
     if problem.path == "name":
         return f"{where}: name is {item['name']!r}; write a string"
     if not problem.path and not problem.of_key:  # of CallbackEntry itself
