@@ -12,7 +12,7 @@ from plugins_for_tests import make_ctx, parse_callbacks
 import rayserve_hooks
 from rayserve_hooks.cli import main
 from rayserve_hooks.context import NodeInfo
-from rayserve_hooks.core.failures import hook_error
+from rayserve_hooks.core.failures import Blame, hook_error
 from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.hookspecs import RayServeLLMCallback
 
@@ -121,7 +121,7 @@ def test_the_hook_table_is_the_contract() -> None:
 
 def test_the_failure_in_the_readme_is_what_a_failure_says() -> None:
     ctx = make_ctx(node=NodeInfo("4f…", "10.0.0.7", is_local=False))
-    error = hook_error(RuntimeError("no such bucket"), ctx, "Fail", "on_before_download")
+    error = hook_error(RuntimeError("no such bucket"), ctx, Blame("Fail", "on_before_download"))
     assert (ROOT / "examples" / "failure.txt").read_text().strip() == str(error)
 
 

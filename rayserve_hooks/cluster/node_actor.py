@@ -12,7 +12,7 @@ from rayserve_hooks.cluster import travel
 from rayserve_hooks.cluster.node import initialize_this_node
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import threads
-from rayserve_hooks.core.failures import blame
+from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.running import clean_up, with_background
 from rayserve_hooks.errors import Phase
@@ -86,7 +86,7 @@ class NodeActor:
         await asyncio.wait([self._stage], timeout=_GIVE_UP_S)
         detail = "stopped, because the initialization has failed elsewhere or was cancelled"
         phase = self._phase or Phase.BEFORE_DOWNLOAD
-        self._error = blame(None, self._request.node, phase, detail)
+        self._error = entry_error(None, self._request.node, phase, detail)
 
     @_on_process_loop
     async def clean_up(self, error: BaseException, started: Sequence[str]) -> travel.CleanUp:

@@ -11,7 +11,7 @@ from typing import Any
 from rayserve_hooks.cluster.node_actor import NodeActor
 from rayserve_hooks.cluster.travel import CleanUp, NodeReply, NodeRequest
 from rayserve_hooks.context import NodeInfo, NodeResult
-from rayserve_hooks.core.failures import blame
+from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.hooks import CLEAN_UP
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.manager import manager_of
@@ -116,7 +116,7 @@ class RemoteNode:
     def _failed(self, detail: str) -> HookError:
         # Without a running call the one that was cut off when an earlier process was killed.
         call = self.running or _innermost(self._earlier, "interrupted")
-        return blame(call, self.node, self.phase or Phase.BEFORE_DOWNLOAD, detail)
+        return entry_error(call, self.node, self.phase or Phase.BEFORE_DOWNLOAD, detail)
 
     async def clean_up(self, error: BaseException) -> list[HookError]:
         """Stop what still runs on the node, and run ``on_init_failed`` if anything had started.
@@ -135,7 +135,7 @@ class RemoteNode:
         except (RayError, TimeoutError) as problem:
             cause = problem.cause if isinstance(problem, RayTaskError) else problem
             detail = f"on_init_failed did not run: {describe(cause)}"
-            failure = blame(None, self.node, Phase.CLEAN_UP, detail)
+            failure = entry_error(None, self.node, Phase.CLEAN_UP, detail)
             logger.error("%s", failure)
             return [failure]
         finally:

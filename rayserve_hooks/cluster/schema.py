@@ -6,9 +6,10 @@ from typing import Any
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.core.arguments import arguments_model
-from rayserve_hooks.core.limits import limits_adapter
+from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import short_names
-from rayserve_hooks.core.stack import entry_adapter
+from rayserve_hooks.core.stack import CallbackEntry
+from rayserve_hooks.core.validation import adapter
 
 _SHIPPED = "rayserve_hooks.impls."
 
@@ -19,14 +20,14 @@ def config_schema() -> dict[str, Any]:
     What is Ray's is left open. Of shipped callbacks the arguments are described, too; nothing
     else that is installed is imported.
     """
-    entry = _nullable(entry_adapter().json_schema(mode="validation"), "kwargs", "name")
+    entry = _nullable(adapter(CallbackEntry).json_schema(mode="validation"), "kwargs", "name")
     entry["description"] = "One callback."
     shipped = [name for name, ep in sorted(short_names().items()) if ep.value.startswith(_SHIPPED)]
     entry["allOf"] = [_arguments_of(name) for name in shipped]
     names = {"type": "string", "examples": sorted(short_names())}
     classes = [_ray.HOOKS_CALLBACK, ":".join(_ray.HOOKS_CALLBACK.rsplit(".", 1))]
     ours = {"properties": {"callback_class": {"enum": classes}}, "required": ["callback_class"]}
-    limits = {**limits_adapter().json_schema(mode="validation"), "description": "In seconds."}
+    limits = {**adapter(TimeLimits).json_schema(mode="validation"), "description": "In seconds."}
     one = {"$ref": "#/$defs/callback"}
     kwargs = {
         "type": "object",

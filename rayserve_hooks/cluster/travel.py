@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, DeferredConfig, NodeInfo, NodeResult
-from rayserve_hooks.core.failures import blame
+from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.download.model import Mirror
@@ -115,7 +115,7 @@ def pack_custom_data(ctx: CallbackCtx, set_before: Setters | None = None) -> dic
             packed[key] = cloudpickle.dumps(value)
         except Exception as error:  # any class can refuse in its own way
             here = ctx.trace.who_changed(f"custom_data.{key}")
-            raise blame(
+            raise entry_error(
                 here or (set_before or {}).get(key),
                 ctx.node,
                 Phase.BEFORE_DOWNLOAD,

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pluggy
-
-HookFunction = Callable[..., Any]
-
-UNDECORATED = pluggy.HookimplOpts(
-    wrapper=False,
-    hookwrapper=False,
-    optionalhook=False,
-    tryfirst=False,
-    trylast=False,
-    specname=None,
-)
-"""What ``@hookimpl`` without arguments gives a method."""
 
 
 def impl_options(marked: object, project: str) -> pluggy.HookimplOpts | None:
@@ -28,6 +16,10 @@ def impl_options(marked: object, project: str) -> pluggy.HookimplOpts | None:
     return getattr(marked, f"{project}_impl", None)
 
 
+UNDECORATED: pluggy.HookimplOpts = vars(pluggy.HookimplMarker("any")(lambda: None))["any_impl"]
+"""What ``@hookimpl`` without arguments gives a method."""
+
+
 def spec_options(marked: object, project: str) -> Mapping[str, Any]:
     """Return what ``@hookspec(...)`` has left on a function."""
     options: Mapping[str, Any] = getattr(marked, f"{project}_spec")
@@ -35,16 +27,12 @@ def spec_options(marked: object, project: str) -> Mapping[str, Any]:
 
 
 def reverse_groups(caller: pluggy.HookCaller, *marks: str) -> None:
-    """Reverse the run order within some groups of a hook's impls, wrappers and others apart.
+    """Reverse ``"tryfirst"``, ``"trylast"`` or ``""`` (unmarked) impls, wrappers apart from others.
 
     pluggy runs the last registered first, except among ``trylast`` impls, where the first
     registered runs first. A list registered from its end to its start therefore runs in list
     order but for the ``trylast`` group. ``HookCaller._hookimpls`` is the list pluggy calls from
     its end; there is no public way to reorder it.
-
-    Args:
-        caller: The hook.
-        *marks: Which groups: ``"tryfirst"``, ``"trylast"`` or ``""``, the unmarked.
     """
     impls = caller._hookimpls  # noqa: SLF001 - see above
     for mark in marks:

@@ -38,25 +38,22 @@ def checked_arguments(
 
     @functools.wraps(init)
     def checked(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        from pydantic import ValidationError
+
         by_position = dict(zip(names, args, strict=False))
         if len(args) > len(names) or by_position.keys() & kwargs.keys():
             init(self, *args, **kwargs)  # Python's own TypeError
-        given = {**by_position, **kwargs}
-        init(self, **_checked(type(self).__name__, init, given))  # type: ignore[call-arg]
+        model = arguments_model(init)
+        try:
+            arguments = model(**{**by_position, **kwargs})
+        except ValidationError as error:
+            problems = problems_of(error, sorted(model.model_fields), noun="argument")
+            texts = (problem.in_call(type(self).__name__) for problem in problems)
+            raise CallbackConfigError(*texts) from None
+        given = {name: getattr(arguments, name) for name in arguments.model_fields_set}
+        init(self, **given)  # type: ignore[call-arg]
 
     return checked
-
-
-def _checked(name: str, init: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]:
-    from pydantic import ValidationError
-
-    try:
-        arguments = arguments_model(init)(**given)
-    except ValidationError as error:
-        known = sorted(arguments_model(init).model_fields)
-        problems = problems_of(error, known, noun="argument")
-        raise CallbackConfigError(*(problem.in_call(name) for problem in problems)) from None
-    return {field: getattr(arguments, field) for field in arguments.model_fields_set}
 
 
 # By function and not in the closure of `checked`: a class of a notebook is pickled by value with
@@ -67,13 +64,10 @@ def arguments_model(init: Callable[..., None]) -> type[BaseModel]:
     import pydantic
 
     hints = typing.get_type_hints(init, include_extras=True)
-    fields: dict[str, Any] = {
-        name: (
-            hints.get(name, Any),
-            ... if parameter.default is inspect.Parameter.empty else parameter.default,
-        )
-        for name, parameter in list(inspect.signature(init).parameters.items())[1:]
-    }
+    fields: dict[str, Any] = {}
+    for name, parameter in list(inspect.signature(init).parameters.items())[1:]:
+        default = ... if parameter.default is parameter.empty else parameter.default
+        fields[name] = (hints.get(name, Any), default)
     config = pydantic.ConfigDict(
         arbitrary_types_allowed=True, extra="forbid", protected_namespaces=()
     )

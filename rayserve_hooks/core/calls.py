@@ -5,50 +5,22 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core import threads
-from rayserve_hooks.core.failures import settle
+from rayserve_hooks.core.failures import Blame, settle
 from rayserve_hooks.core.hooks import CLEAN_UP, FIRST_RESULT
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import HookError
+
+_ENDED = object()
 
 
-@dataclass(frozen=True)
-class Call:
-    """What is known of the calls of one callback's hook.
-
-    Args:
-        function: The callback's own.
-        callback: The callback's name.
-        hook: The hook's name.
-        warns: Whether a failure is only logged.
-        kwargs: The callback's constructor arguments; their secrets are kept out of errors.
-    """
-
-    function: Callable[..., Any]
-    callback: str
-    hook: str
-    warns: bool
-    kwargs: Mapping[str, Any]
-
-    @property
-    def ctx_index(self) -> int:
-        """Which of the function's arguments is the context."""
-        return list(inspect.signature(self.function).parameters).index("ctx")
-
-    def settle(self, error: Exception, ctx: CallbackCtx) -> HookError | None:
-        """Raise or log what the function raised; see `rayserve_hooks.core.failures.settle`."""
-        return settle(error, ctx, self.callback, self.hook, kwargs=self.kwargs, warns=self.warns)
-
-
-def plain_call(this: Call) -> Callable[..., Any]:
+def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]:
     """Return the function that pluggy calls in place of a callback's own."""
-    function, callback, hook, ctx_index = this.function, this.callback, this.hook, this.ctx_index
+    callback, hook, ctx_index = blame.callback, blame.hook, _ctx_index(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -67,32 +39,33 @@ def plain_call(this: Call) -> Callable[..., Any]:
                 entry.reason = redact(result.reason, recorder.values)
             return result
         except Exception as error:
-            outcome = "warned" if this.warns else "failed"
-            return this.settle(error, ctx)
+            outcome = "warned" if blame.warns else "failed"
+            return settle(error, ctx, blame)
         finally:
             recorder.end(entry, outer, outcome)
 
     return call
 
 
-def wrapper_call(this: Call) -> Callable[..., Generator[None, Any, Any]]:
+def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]:
     """Return the generator function that pluggy calls in place of a wrapper's own."""
-    ctx_index = this.ctx_index
+    hook, ctx_index = blame.hook, _ctx_index(function)
 
-    @functools.wraps(this.function)
+    @functools.wraps(function)
     def call(*args: Any) -> Generator[None, Any, Any]:
         threads.check_given_up()
         ctx: CallbackCtx = args[ctx_index]
         recorder = recorder_of(ctx)
-        entry, outer = recorder.begin(this.callback, this.hook)
+        entry, outer = recorder.begin(blame.callback, hook)
         outcome = "interrupted"
         inner: Any = None
         inner_error: BaseException | None = None
         yielded = False
         try:
             try:
-                generator = this.function(*args)
-                _start(generator)
+                generator = function(*args)
+                if next(generator, _ENDED) is _ENDED:
+                    raise RuntimeError("a wrapper must yield once")
                 recorder.note_changes(entry)  # what follows is the inner callbacks' doing
                 yielded = True
                 try:
@@ -100,17 +73,17 @@ def wrapper_call(this: Call) -> Callable[..., Generator[None, Any, Any]]:
                 except BaseException as error:  # the wrapper decides what becomes of it
                     inner_error = error
                 result = _resume(generator, inner, inner_error)
-                if this.hook in FIRST_RESULT and result is not None:
-                    result = _checked(result, this.hook)
+                if hook in FIRST_RESULT and result is not None:
+                    result = _checked(result, hook)
                 outcome = "returned"
                 # Of a clean-up, what failed inside is the result, whatever a wrapper returns.
-                return (inner or []) if this.hook == CLEAN_UP else result
+                return (inner or []) if hook == CLEAN_UP else result
             except Exception as error:
                 if error is inner_error:
                     outcome = "returned"
                     raise
-                outcome = "warned" if this.warns else "failed"
-                failure = this.settle(error, ctx)
+                outcome = "warned" if blame.warns else "failed"
+                failure = settle(error, ctx, blame)
             # A failure that is not raised: go on as if the wrapper were not there.
             if not yielded:
                 inner = yield
@@ -123,11 +96,8 @@ def wrapper_call(this: Call) -> Callable[..., Generator[None, Any, Any]]:
     return call
 
 
-def _start(generator: Generator[None, Any, Any]) -> None:
-    try:
-        next(generator)
-    except StopIteration:
-        raise RuntimeError("a wrapper must yield once") from None
+def _ctx_index(function: Callable[..., Any]) -> int:
+    return list(inspect.signature(function).parameters).index("ctx")
 
 
 def _resume(
@@ -150,15 +120,12 @@ def _checked(result: object, hook: str) -> Handled | None:
         result = threads.run_coroutine(result)
     if result is None or (isinstance(result, Handled) and hook in FIRST_RESULT):
         return result
-    if hook not in FIRST_RESULT:
-        raise TypeError(f"returned {_shown(result)}; {hook} has no result, return None")
     if hook == "on_before_download" and isinstance(result, str | os.PathLike):
         return Handled(model_path=result)
+    shown = repr(result) if isinstance(result, bool) else f"a {type(result).__name__}"
+    if hook not in FIRST_RESULT:
+        raise TypeError(f"returned {shown}; {hook} has no result, return None")
     raise TypeError(
-        f"returned {_shown(result)}; return Handled(...) to say 'done, skip the rest', or None "
-        "to go on with the next callback"
+        f"returned {shown}; return Handled(...) to say 'done, skip the rest', or None to go on "
+        "with the next callback"
     )
-
-
-def _shown(result: object) -> str:
-    return repr(result) if isinstance(result, bool) else f"a {type(result).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
@@ -15,39 +16,30 @@ from rayserve_hooks.errors import HookError, Phase, RemoteCause, describe
 from rayserve_hooks.trace import TraceEntry
 
 
-def settle(
-    error: Exception,
-    ctx: CallbackCtx,
-    callback: str,
-    hook: str,
-    *,
-    kwargs: Mapping[str, Any],
-    warns: bool,
-    what: str = "",
-) -> HookError | None:
+@dataclass(frozen=True)
+class Blame:
+    """Whose failure it is: a callback's in a hook, of which ``what``, if not the call itself.
+
+    One that ``warns`` is only logged. Secrets among the constructor's ``kwargs`` stay out of it.
+    """
+
+    callback: str
+    hook: str
+    warns: bool = False
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    what: str = ""
+
+
+def settle(error: Exception, ctx: CallbackCtx, blame: Blame) -> HookError | None:
     """Raise what a callback raised as a `HookError`, or log it where the config says so.
 
-    Args:
-        error: What was raised; it becomes the cause.
-        ctx: The context; its secrets are kept out of the text and the cause.
-        callback: The callback's name.
-        hook: The hook's name.
-        kwargs: The callback's constructor arguments; their secrets are kept out, too.
-        warns: Whether the callback has ``on_error: warn``.
-        what: What of the callback, when it is not the hook's own call.
-
-    Returns:
-        None, so that the next callback runs; or, of a clean-up, the error: it is logged, and a
-        list of such results is what the hook call returns.
-
-    Raises:
-        HookError: The failure ends the initialization.
+    A failed clean-up is logged and returned: a list of these is what that hook call returns.
     """
-    cleaning_up = hook == CLEAN_UP
-    if isinstance(error, HookError) and not (warns or cleaning_up or what):
+    cleaning_up = blame.hook == CLEAN_UP
+    if isinstance(error, HookError) and not (blame.warns or cleaning_up or blame.what):
         raise error  # of a hook called by this callback; it names who failed already
-    failure = hook_error(error, ctx, callback, hook, what=what, kwargs=kwargs)
-    if warns:
+    failure = hook_error(error, ctx, blame)
+    if blame.warns:
         logger.warning("%s (on_error: warn, going on)", failure, exc_info=failure.__cause__)
         return None
     if cleaning_up:
@@ -56,23 +48,15 @@ def settle(
     raise failure from failure.__cause__
 
 
-def hook_error(
-    error: BaseException,
-    ctx: CallbackCtx,
-    callback: str,
-    hook: str,
-    *,
-    what: str = "",
-    kwargs: Mapping[str, Any] | None = None,
-) -> HookError:
-    """Return the `HookError` of what a callback raised, which is its cause; see `settle`."""
-    values = {"ctx": recorder_of(ctx).values, "kwargs": kwargs or {}}
+def hook_error(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError:
+    """Return the `HookError` of what a callback raised, which is its cause."""
+    values = {"ctx": recorder_of(ctx).values, "kwargs": blame.kwargs}
     failure = HookError(
-        callback=callback,
-        hook=hook,
+        callback=blame.callback,
+        hook=blame.hook,
         node=str(ctx.node),
-        phase=PHASES[hook],
-        detail=what + redact(describe(error), values),
+        phase=PHASES[blame.hook],
+        detail=blame.what + redact(describe(error), values),
         advice="fix the callback, or set 'on_error: warn' on it to go on without it",
     )
     failure.__cause__ = _without_secrets(error, values)
@@ -80,29 +64,16 @@ def hook_error(
 
 
 def step_error(ctx: CallbackCtx, phase: Phase, detail: str, path: str | None = None) -> HookError:
-    """Return the `HookError` of a step that is no hook.
-
-    Args:
-        ctx: The context; its secrets are kept out of the text.
-        phase: The step.
-        detail: What went wrong.
-        path: The field that holds the wrong value, or a key in it; the callback that set it is
-            named.
-    """
+    """Return the `HookError` of a step that is no hook; it names the callback that set ``path``."""
     setter = ctx.trace.who_changed(path) if path else None
     where = f"ctx.{path}: " if path else ""
-    return blame(setter, ctx.node, phase, redact(f"{where}{detail}", recorder_of(ctx).values))
+    return entry_error(setter, ctx.node, phase, redact(f"{where}{detail}", recorder_of(ctx).values))
 
 
-def blame(call: TraceEntry | None, node: NodeInfo, phase: Phase, detail: str) -> HookError:
-    """Return the error of a step; it names the callback of the call that is to blame, if any."""
-    return HookError(
-        callback=call.callback if call else None,
-        hook=call.hook if call else None,
-        node=str(node),
-        phase=phase,
-        detail=detail,
-    )
+def entry_error(entry: TraceEntry | None, node: NodeInfo, phase: Phase, detail: str) -> HookError:
+    """Return the `HookError` of a step that is no hook; it names the call behind it, if any."""
+    callback, hook = (entry.callback, entry.hook) if entry else (None, None)
+    return HookError(callback=callback, hook=hook, node=str(node), phase=phase, detail=detail)
 
 
 def _without_secrets(error: BaseException, values: Mapping[str, Any]) -> BaseException:

@@ -12,34 +12,22 @@ import pluggy
 
 from rayserve_hooks.core import _pluggy
 from rayserve_hooks.core.hooks import HOOK_PARAMETERS, HOOKS, is_inherited_spec
-from rayserve_hooks.core.suggest import closest
+from rayserve_hooks.core.suggest import did_you_mean
 from rayserve_hooks.hookspecs import PROJECT
 
 
 @dataclass(frozen=True)
 class HookFunction:
-    """A hook of a callback.
-
-    Args:
-        attribute: The attribute's name.
-        hook: The hook's name; another one where ``specname`` says so.
-        function: The function, bound to the callback.
-        options: What ``@hookimpl`` says.
-    """
+    """A hook of a callback, and what ``@hookimpl`` says of it."""
 
     attribute: str
-    hook: str
-    function: Callable[..., Any]
+    hook: str  # not the attribute's name where ``specname`` says so
+    function: Callable[..., Any]  # bound to the callback
     options: pluggy.HookimplOpts
 
 
 def hook_functions(callback: object, project: str = PROJECT) -> Iterator[HookFunction]:
-    """Yield the hooks of a callback: methods named after a hook, and what is marked as one.
-
-    Args:
-        callback: An instance, class or module.
-        project: Of whose markers.
-    """
+    """Yield a callback's hooks: methods named after one, or marked as one for ``project``."""
     for attribute in _names(callback):
         found = _static_function(callback, attribute)
         if found is None or is_inherited_spec(found[0]):
@@ -75,73 +63,63 @@ def _options(holder: object, function: object, project: str) -> pluggy.HookimplO
 def _static_function(owner: object, name: str) -> tuple[object, Callable[..., Any]] | None:
     """Find a function without running a property, a ``cached_property`` or ``__getattr__``.
 
-    Returns:
-        What holds the function, and the function bound as ``getattr`` would bind it; None where
-        the attribute is anything else.
+    Return what holds it, and the function bound as ``getattr`` would bind it.
     """
     found = inspect.getattr_static(owner, name, None)
     if isinstance(found, types.MemberDescriptorType):  # a slot; reading one runs no code
-        found = found.__get__(owner, type(owner)) if _is_set(owner, found) else None
-        return (found, found) if inspect.isroutine(found) else None
-    if isinstance(found, staticmethod | classmethod):
+        try:
+            found = found.__get__(owner, type(owner))
+        except AttributeError:  # it is not set
+            return None
+    elif isinstance(found, staticmethod | classmethod) or _is_method(owner, name, found):
         cls = owner if isinstance(owner, type) else type(owner)
         return found, found.__get__(owner, cls)
-    if inspect.isfunction(found) and _is_method(owner, name):
-        return found, found.__get__(owner, type(owner))
     return (found, found) if inspect.isroutine(found) else None
 
 
-def _is_set(owner: object, slot: types.MemberDescriptorType) -> bool:
-    try:
-        slot.__get__(owner, type(owner))
-    except AttributeError:
-        return False
-    return True
-
-
-def _is_method(owner: object, name: str) -> bool:
-    if isinstance(owner, type | types.ModuleType):
-        return False
-    return name not in _own(owner)
+def _is_method(owner: object, name: str, found: object) -> bool:
+    has_methods = not isinstance(owner, type | types.ModuleType)
+    return has_methods and inspect.isfunction(found) and name not in _own(owner)
 
 
 def hook_problems(callback: object) -> list[str]:
     """Return what keeps ``callback`` from being a callback; empty when nothing does."""
     problems: list[str] = []
     hooks = {function.attribute: function for function in hook_functions(callback)}
-    named = 0
+    named = False
     for name in _names(callback):
         static = inspect.getattr_static(callback, name, None)
         if name.startswith("_") or is_inherited_spec(static):
             continue
         hook = hooks[name].hook if name in hooks else name
         if hook in HOOKS:
-            named += 1
+            named = True
             if name in hooks:
                 problems.extend(_signature_problems(hooks[name]))
             else:
-                kind = type(static).__name__
-                problems.append(
-                    f"{name!r} is named after a hook, but is a {kind}; define a method of that name"
-                )
+                problems.append(_no_method(name, static))
         elif name in hooks or (name.startswith("on_") and callable(static)):
-            close = closest(hook, HOOKS, cutoff=0.85)
-            if close:
-                problems.append(f"method {name!r} is not a hook; did you mean {close!r}?")
+            hint = did_you_mean(hook, HOOKS, cutoff=0.85)
+            if hint:
+                problems.append(f"method {name!r} is not a hook{hint}")
             elif name in hooks:
                 problems.append(f"{name!r} is marked as a hook; use one of {', '.join(HOOKS)}")
     if not named and not problems:
-        problems.append(
-            f"{type(callback).__name__} has no hook; define at least one of {', '.join(HOOKS)}"
-        )
+        kind = type(callback).__name__
+        problems.append(f"{kind} has no hook; define at least one of {', '.join(HOOKS)}")
     return problems
+
+
+def _no_method(name: str, found: object) -> str:
+    kind = type(found).__name__
+    return f"{name!r} is named after a hook, but is a {kind}; define a method of that name"
 
 
 def _signature_problems(hook: HookFunction) -> list[str]:
     name, function = hook.attribute, hook.function
-    if not inspect.isfunction(getattr(function, "__func__", function)):
-        kind = type(getattr(function, "__func__", function)).__name__
-        return [f"{name!r} is named after a hook, but is a {kind}; define a method of that name"]
+    unbound = getattr(function, "__func__", function)
+    if not inspect.isfunction(unbound):
+        return [_no_method(name, unbound)]
     known = HOOK_PARAMETERS[hook.hook]
     arguments = ", ".join([*(["self"] if inspect.ismethod(function) else []), *known])
     wanted = f"write 'def {name}({arguments})'"
@@ -151,19 +129,15 @@ def _signature_problems(hook: HookFunction) -> list[str]:
         problems.append(f"{name}() has no parameter 'ctx'; {wanted}")
     for parameter in parameters.values():
         if parameter.name not in known:
-            problems.append(f"{name}() has unknown parameter {parameter.name!r}; {wanted}")
-        elif parameter.default is not inspect.Parameter.empty:
+            problem = f"has unknown parameter {parameter.name!r}"
+        elif parameter.default is not parameter.empty:
             # pluggy leaves a parameter with a default at its default.
-            problems.append(
-                f"{name}() gives {parameter.name!r} a default and would never get it; {wanted}"
-            )
-        elif parameter.kind not in (
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.POSITIONAL_ONLY,
-        ):
-            problems.append(
-                f"{name}() takes {parameter.name!r} by keyword only, which pluggy cannot; {wanted}"
-            )
+            problem = f"gives {parameter.name!r} a default and would never get it"
+        elif parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            problem = f"takes {parameter.name!r} by keyword only, which pluggy cannot"
+        else:
+            continue
+        problems.append(f"{name}() {problem}; {wanted}")
     if hook.options.get("hookwrapper"):
         problems.append(f"{name}() is an old-style hookwrapper; use wrapper=True")
     if hook.options.get("wrapper") and not inspect.isgeneratorfunction(function):

@@ -26,9 +26,6 @@ class Instance:
 
     The bytes are made where the config is made, because the instance may open clients and locks
     while it runs, and what other processes get is the callback as it was configured.
-
-    Args:
-        instance: The callback.
     """
 
     def __init__(self, instance: object) -> None:
@@ -38,26 +35,21 @@ class Instance:
         self._pickled: bytes | None = None
 
     def freeze(self, dumps: Dumps) -> None:
-        """Pickle the instance, once.
-
-        Raises:
-            Exception: Whatever pickling raises; if one attribute is the reason, a ``TypeError``
-                that names it.
-        """
+        """Pickle the instance, once; if one attribute refuses, raise a `TypeError` naming it."""
         if self._pickled is None:
             try:
                 self._pickled = dumps(self._instance)
             except Exception as error:  # any class can refuse in its own way
                 for name, value in _attributes(self._instance):
-                    _try(name, value, dumps, error)
+                    try:
+                        dumps(value)
+                    except Exception as reason:  # as above
+                        kind = type(value).__name__
+                        raise TypeError(f"its attribute {name!r}, a {kind}: {reason}") from error
                 raise
 
     def load(self) -> object:
-        """Return the instance; in another process than it was configured in, a copy of it.
-
-        Raises:
-            CallbackConfigError: It cannot be built again in this process.
-        """
+        """Return the instance; in another process than it was configured in, a copy of it."""
         if self._instance is None:
             assert self._pickled is not None
             try:
@@ -76,14 +68,6 @@ class Instance:
 
     def __repr__(self) -> str:
         return f"instance of {self.class_name}"
-
-
-def _try(name: str, value: object, dumps: Dumps, error: Exception) -> None:
-    try:
-        dumps(value)
-    except Exception as reason:  # as above
-        kind = type(value).__name__
-        raise TypeError(f"its attribute {name!r}, a {kind}: {reason}") from error
 
 
 def _attributes(instance: object) -> Iterator[tuple[str, object]]:

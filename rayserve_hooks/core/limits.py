@@ -3,65 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rayserve_hooks.core.validation import Problem, problems_of
+from rayserve_hooks.core.validation import adapter, described, problems_of
 from rayserve_hooks.errors import CallbackConfigError
 
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
-
-def _seconds(default: float | None, of_what: str) -> Any:
+def _seconds(of_what: str, default: float | None = None) -> Any:
     description = f"Seconds for {of_what}; null for no limit."
-    return dataclasses.field(
-        default=default, metadata={"description": description, "gt": 0, "strict": True}
-    )
+    return described(description, {"gt": 0, "strict": True}, default=default)
 
 
-# A dataclass of the standard library, of which pydantic reads the metadata: its schema is then
-# built where limits are parsed, and not in each process that imports this file.
 @dataclass(frozen=True)
 class TimeLimits:
-    """Limits in seconds; None means none. Downloads have none by default.
-
-    Attributes:
-        on_before_init: All callbacks of that hook together.
-        on_before_download: All callbacks of that hook together, on each node. They may download.
-        on_after_init: All callbacks of that hook together.
-        on_init_failed: All callbacks of that hook together, in each process.
-        download: The default download, on each node.
-        total: The whole initialization, the wait for the placement group and downloads included.
-    """
+    """Limits in seconds; None means none. What may download has none by default."""
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic's name for its settings
 
-    on_before_init: float | None = _seconds(1800.0, "all on_before_init callbacks together")
+    on_before_init: float | None = _seconds("all on_before_init callbacks together", 1800.0)
     on_before_download: float | None = _seconds(
-        None, "all on_before_download callbacks together, on each node"
+        "all on_before_download callbacks together, on each node"
     )
-    on_after_init: float | None = _seconds(1800.0, "all on_after_init callbacks together")
+    on_after_init: float | None = _seconds("all on_after_init callbacks together", 1800.0)
     on_init_failed: float | None = _seconds(
-        60.0, "all on_init_failed callbacks together, in each process"
+        "all on_init_failed callbacks together, in each process", 60.0
     )
-    download: float | None = _seconds(None, "the default download, on each node")
+    download: float | None = _seconds("the default download, on each node")
     total: float | None = _seconds(
-        None, "the whole initialization, the wait for the placement group and downloads included"
+        "the whole initialization, the wait for the placement group and downloads included"
     )
 
     @classmethod
     def parse(cls, values: object) -> TimeLimits:
-        """Read a config's ``time_limits``.
-
-        Args:
-            values: A mapping from some of the attributes to seconds or None.
-
-        Raises:
-            CallbackConfigError: An unknown name, or a value that is no positive number.
-        """
+        """Return a config's ``time_limits``: a mapping from some names to seconds or None."""
         from pydantic import ValidationError
 
         known = [field.name for field in dataclasses.fields(cls)]
@@ -69,24 +45,12 @@ class TimeLimits:
             raise CallbackConfigError(
                 f"time_limits is {values!r}; write a mapping from {', '.join(known)} to seconds"
             )
-        values = {str(name): value for name, value in values.items()}
+        problems = []
         try:
-            return limits_adapter().validate_python(values)
+            return adapter(cls).validate_python({str(key): values[key] for key in values})
         except ValidationError as error:
-            problems = [_message(problem) for problem in problems_of(error, known)]
+            for problem in problems_of(error, known):
+                text = "write seconds, more than 0, or null for no limit"
+                ours = problem if problem.of_key else dataclasses.replace(problem, text=text)
+                problems.append(ours.in_config("time_limits"))
         raise CallbackConfigError(*problems)
-
-
-@functools.cache
-def limits_adapter() -> TypeAdapter[TimeLimits]:
-    """Return pydantic's view of limits that are written as a mapping."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(TimeLimits)
-
-
-def _message(problem: Problem) -> str:
-    if not problem.of_key:
-        text = "write seconds, more than 0, or null for no limit"
-        problem = dataclasses.replace(problem, text=text)
-    return problem.in_config("time_limits")

@@ -30,29 +30,19 @@ def no_adapter(found: object, kwargs: Mapping[str, Any]) -> object | None:
     return None
 
 
-def build(
-    target: str | type | Instance, kwargs: Mapping[str, Any], adapt: Adapt = no_adapter
-) -> object:
-    """Return the plugin that a config names: an instance, or the module that is one.
-
-    Args:
-        target: What the config names.
-        kwargs: Constructor arguments; only for a class.
-        adapt: Builds the plugin for classes of another interface.
-
-    Raises:
-        CallbackConfigError: It cannot be imported or built, or is not a callback.
-    """
+def build(target: str | type | Instance, kwargs: Mapping[str, Any], adapt: Adapt) -> object:
+    """Return the plugin that a config names: an instance, or the module that is one."""
     if isinstance(target, Instance):
         plugin = target.load()
         adapt(plugin, {})  # refuses an instance of another interface
     else:
-        found = resolve(target) if isinstance(target, str) else target
-        plugin = _construct(found, kwargs, adapt) if isinstance(found, type) else found
-        if not isinstance(found, type) and kwargs:
+        plugin = resolve(target) if isinstance(target, str) else target
+        if isinstance(plugin, type):
+            plugin = _construct(plugin, kwargs, adapt)
+        elif kwargs:
             raise CallbackConfigError(
-                f"kwargs {sorted(kwargs)} given for {type(found).__name__} {target!r}, which takes "
-                "none; name a class, or drop kwargs"
+                f"kwargs {sorted(kwargs)} given for {type(plugin).__name__} {target!r}, which "
+                "takes none; name a class, or drop kwargs"
             )
     problems = hook_problems(plugin)
     if problems:
@@ -85,12 +75,7 @@ def _signature(cls: type) -> str:
 
 
 def resolve(target: str) -> object:
-    """Find the class, instance or module that a string names.
-
-    Raises:
-        CallbackConfigError: Nothing of that name can be imported. An error raised inside the
-            module is its cause.
-    """
+    """Return the class, instance or module that a string names."""
     if ":" in target:
         module_name, _, attribute = target.partition(":")
         return _attribute(_import(module_name, target), attribute, target)
@@ -106,9 +91,8 @@ def resolve(target: str) -> object:
     if not parent:
         return _import(target, target)
     module = _import(parent, target)
-    if hasattr(module, attribute):
-        return getattr(module, attribute)
-    if hasattr(module, "__path__") and importlib.util.find_spec(target) is not None:
+    has_submodules = hasattr(module, "__path__") and not hasattr(module, attribute)
+    if has_submodules and importlib.util.find_spec(target) is not None:
         return _import(target, target)
     return _attribute(module, attribute, target)
 
@@ -122,23 +106,18 @@ def short_names() -> dict[str, importlib.metadata.EntryPoint]:
 def _import(module_name: str, target: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _import_failed(target, module_name, error) from error
+    except Exception as error:  # importing runs other people's code
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
+            raise CallbackConfigError(
+                f"callback {target!r}: importing module {module_name!r} failed: {describe(error)}"
+            ) from error
         known = ", ".join(sorted(short_names())) or "none"
         raise CallbackConfigError(
-            f"callback {target!r}: no module named {error.name!r} and no such short name"
+            f"callback {target!r}: no module named {missing!r} and no such short name"
             f"{did_you_mean(target, short_names())}; write 'pkg.module:Class' of a module that "
             f"can be imported here, or a short name (known: {known})"
         ) from error
-    except Exception as error:  # importing runs other people's code
-        raise _import_failed(target, module_name, error) from error
-
-
-def _import_failed(target: str, module_name: str, error: Exception) -> CallbackConfigError:
-    return CallbackConfigError(
-        f"callback {target!r}: importing module {module_name!r} failed: {describe(error)}"
-    )
 
 
 def _attribute(module: ModuleType, path: str, target: str) -> object:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import pluggy
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import _pluggy
-from rayserve_hooks.core.calls import Call, plain_call, wrapper_call
+from rayserve_hooks.core.calls import plain_call, wrapper_call
+from rayserve_hooks.core.failures import Blame
 from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS
 from rayserve_hooks.core.inspection import HookFunction, hook_functions
 from rayserve_hooks.core.stack import CallbackStack
@@ -24,31 +26,17 @@ class RegisteredCallback:
     pluggy compares plugins with ``==`` and would take two equal instances, such as those of a
     dataclass, for one; and it offers no interception of single calls, which recording and blame
     need. `PluginManager.get_plugin`, `get_plugins` and `list_name_plugin` return it, and it is the
-    ``plugin`` of every ``HookImpl``.
-
-    Args:
-        callback: The callback itself.
-        name: The name it is registered under.
-        functions: By attribute, what pluggy calls and what ``@hookimpl`` says of it.
-
-    Attributes:
-        callback: The callback itself.
-        name: The name it is registered under.
+    ``plugin`` of every ``HookImpl``. Its ``callback`` is the callback itself.
     """
 
-    def __init__(
-        self,
-        callback: object,
-        name: str,
-        functions: Mapping[str, tuple[_pluggy.HookFunction, pluggy.HookimplOpts]],
-    ) -> None:
-        for attribute, (function, options) in functions.items():
+    def __init__(self, callback: object, name: str, hooks: Sequence[HookFunction]) -> None:
+        for hook in hooks:
             # By specname too: pluggy 1.6 asks for the hook's name whether a plugin has the hook.
-            vars(self).setdefault(options.get("specname") or attribute, None)
-            vars(self)[attribute] = function
+            vars(self).setdefault(hook.hook, None)
+            vars(self)[hook.attribute] = hook.function
         self.callback = callback
         self.name = name
-        self._options = {attribute: options for attribute, (_, options) in functions.items()}
+        self._options = {hook.attribute: hook.options for hook in hooks}
 
     def options_of(self, attribute: str) -> pluggy.HookimplOpts | None:
         """Return what ``@hookimpl`` says of a hook, or None for another attribute."""
@@ -63,13 +51,8 @@ class RegisteredCallback:
 class PluginManager(pluggy.PluginManager):
     """A `pluggy.PluginManager` whose hooks run in list order, are traced and name who failed.
 
-    Its methods take a callback or its `RegisteredCallback`, and return the latter.
-
-    Args:
-        stack: The callbacks to build and register.
-
-    Raises:
-        CallbackConfigError: A callback cannot be imported or built, or is none.
+    It builds and registers the callbacks of a stack; an error names all that cannot be. Its
+    methods take a callback or its `RegisteredCallback`, and return the latter.
     """
 
     def __init__(self, stack: CallbackStack) -> None:
@@ -88,9 +71,7 @@ class PluginManager(pluggy.PluginManager):
     def register(self, plugin: Any, name: str | None = None) -> str | None:
         """Register a callback; a method named after a hook is that hook, decorated or not.
 
-        Raises:
-            CallbackConfigError: The same object is registered already.
-            ValueError: The name is taken.
+        An object that is registered already is a `CallbackConfigError`, a taken name a ValueError.
         """
         if isinstance(plugin, RegisteredCallback):
             plugin = plugin.callback
@@ -101,17 +82,15 @@ class PluginManager(pluggy.PluginManager):
                 "or make two instances"
             )
         name = name or self.get_canonical_name(plugin)
-        functions = {
-            hook.attribute: (self._instrumented(hook, name), hook.options)
-            for hook in hook_functions(plugin, self.project_name)
-        }
-        return super().register(RegisteredCallback(plugin, name, functions), name)
+        found = hook_functions(plugin, self.project_name)
+        hooks = [self._instrumented(hook, name) for hook in found]
+        return super().register(RegisteredCallback(plugin, name, hooks), name)
 
-    def _instrumented(self, hook: HookFunction, name: str) -> _pluggy.HookFunction:
+    def _instrumented(self, hook: HookFunction, name: str) -> HookFunction:
         if hook.hook not in HOOKS:
-            return hook.function
-        call = Call(hook.function, name, hook.hook, self.warns(name), self.kwargs_of(name))
-        return wrapper_call(call) if hook.options["wrapper"] else plain_call(call)
+            return hook
+        instrument = wrapper_call if hook.options["wrapper"] else plain_call
+        return replace(hook, function=instrument(hook.function, self.blame(name, hook.hook)))
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         registered: RegisteredCallback = plugin
@@ -158,24 +137,17 @@ class PluginManager(pluggy.PluginManager):
         entry = self._entries.get(callback)
         return ((entry and entry.on_error) or self.stack.on_error) == "warn"
 
-    def kwargs_of(self, callback: str) -> Mapping[str, Any]:
-        """Return a callback's constructor arguments; their secrets stay out of errors."""
+    def blame(self, callback: str, hook: str) -> Blame:
+        """Return what a callback's failure in a hook is charged to."""
         entry = self._entries.get(callback)
-        return entry.kwargs if entry else {}
+        return Blame(callback, hook, self.warns(callback), entry.kwargs if entry else {})
 
     def clean_up(
         self, ctx: CallbackCtx, error: BaseException, started: Iterable[str]
     ) -> list[HookError]:
-        """Call ``on_init_failed`` of the callbacks that had started in this process.
+        """Call ``on_init_failed`` of the callbacks that have ``started``; return what failed.
 
-        Args:
-            ctx: The context.
-            error: What ended the initialization.
-            started: Names of the callbacks of which a hook was called. One that has no other
-                hook counts as started.
-
-        Returns:
-            What failed in it.
+        A callback that has no other hook counts as started.
         """
         others = [order for hook, order in self.run_order().items() if hook != CLEAN_UP]
         idle = set().union(*others) - set(started)
@@ -202,9 +174,6 @@ def manager_of(stack: CallbackStack) -> PluginManager:
 
     Ray reuses worker processes across deployments, so the manager is kept by deployment and
     callback list, never by process alone. Threads that ask at the same moment get the same one.
-
-    Raises:
-        CallbackConfigError: A callback cannot be imported or built, or is none.
     """
     with _managers_lock:
         if stack.key not in _managers:

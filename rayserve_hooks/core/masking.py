@@ -39,11 +39,7 @@ def shown(value: object, secret: bool = False) -> str:
     """Format a value for people, without secrets.
 
     Strings are cut short; of an object that is no plain data only the class is named, since its
-    own repr may show anything.
-
-    Args:
-        value: Any value. A ``SecretStr`` of pydantic is masked wherever it is.
-        secret: Whether the value itself is one.
+    own repr may show anything. A ``SecretStr`` of pydantic is masked wherever it is.
     """
     if secret or _is_masked(value):
         return MASK
@@ -60,7 +56,7 @@ def shown(value: object, secret: bool = False) -> str:
         text = f"<PlacementGroup {value.id.hex()}>"  # type: ignore[attr-defined]
     else:
         text = f"<{type(value).__name__}>"
-    return _short(text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _is_masked(value: object) -> bool:
@@ -69,10 +65,6 @@ def _is_masked(value: object) -> bool:
         base.__module__.startswith("pydantic.") and base.__name__.lstrip("_").startswith("Secret")
         for base in type(value).__mro__
     )
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def redact(text: str, values: Mapping[str, Any]) -> str:

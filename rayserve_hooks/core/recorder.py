@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, Handled, NodeResult
@@ -19,33 +18,10 @@ from rayserve_hooks.core.masking import is_secret, shown
 from rayserve_hooks.trace import ABSENT, Change, TraceEntry
 
 
-@dataclass(frozen=True)
-class BackgroundTask:
-    """What a callback started with ``ctx.run_in_background``.
-
-    Attributes:
-        entry: Its line in the trace, with the callback and hook that started it.
-        call: The running function.
-    """
-
-    entry: TraceEntry
-    call: threads.ThreadCall[Any]
-
-
 class Recorder:
     """Brackets each call of a callback, so that errors, trace and conflicts can name it.
 
-    Args:
-        ctx: The context to watch; a context has one recorder.
-        role: ``"replica"``, ``"node"`` or ``"driver"``, for the trace.
-        attempt: How often this node's process was started, for the trace.
-        on_call: Called with the trace entry of each call before the call starts.
-
-    Attributes:
-        running: The call that is running, the innermost one; None between calls.
-        assigned: The fields that callbacks have assigned.
-        background: What was started with ``ctx.run_in_background`` and has not been taken yet.
-        values: The context's read/write fields, to keep their secrets out of texts.
+    A context has one. ``on_call`` is called with each call's trace entry before the call starts.
     """
 
     def __init__(
@@ -60,18 +36,15 @@ class Recorder:
         self._state.recorder = self
         self._role, self._attempt, self._on_call = role, attempt, on_call
         self._conflicts: dict[str, str] = {}
-        self.running: TraceEntry | None = None
-        self.assigned: set[str] = set()
-        self.background: list[BackgroundTask] = []
+        self.running: TraceEntry | None = None  # the innermost call
+        self.assigned: set[str] = set()  # the fields that callbacks have assigned
+        # What was started beside the hooks, until `with_background` takes it.
+        self.background: list[tuple[TraceEntry, threads.ThreadCall[Any]]] = []
         self.values: Mapping[str, Any] = self._state.values
         self._before = snapshot(self.values)
 
     def begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
-        """Note that a call starts.
-
-        Returns:
-            Its trace entry, and that of the call around it, for `end`.
-        """
+        """Return a starting call's trace entry, and that of the call around it, for `end`."""
         outer = self.running
         if outer is not None:  # a hook call inside a callback: charge it with its own changes
             self.note_changes(outer)
@@ -82,7 +55,6 @@ class Recorder:
         return entry, outer
 
     def end(self, entry: TraceEntry, outer: TraceEntry | None, outcome: str) -> None:
-        """Note that a call has ended."""
         self.note_changes(entry)
         self.running = outer
         entry.finish(outcome)
@@ -97,25 +69,19 @@ class Recorder:
         changes = changes_between(self._before, self.values)
         entry.changes = (*entry.changes, *changes)
         self._before = snapshot(self.values)
+        last = entry.callback
         for path in (change.path for change in changes):
-            earlier = self._conflicts.get(path, entry.callback)
-            if earlier != entry.callback and not path.startswith("custom_data"):
-                logger.warning(
-                    "callbacks %r and %r both set ctx.%s; %r ran last and has the last word",
-                    earlier,
-                    entry.callback,
-                    path,
-                    entry.callback,
-                )
-            self._conflicts[path] = entry.callback
+            earlier = self._conflicts.get(path, last)
+            if earlier != last and not path.startswith("custom_data"):
+                text = "callbacks %r and %r both set ctx.%s; %r ran last and has the last word"
+                logger.warning(text, earlier, last, path, last)
+            self._conflicts[path] = last
 
     def note_assignment(self, name: str) -> None:
-        """Note that a field was assigned, if a callback is running."""
         if self.running is not None:
             self.assigned.add(name)
 
     def run_in_background(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Start what `CallbackCtx.run_in_background` documents."""
         running = self.running
         assert running is not None
         name = getattr(fn, "__name__", type(fn).__name__)
@@ -133,11 +99,10 @@ class Recorder:
                 entry.finish(outcome)
 
         call = threads.start_in_thread(run)
-        self.background.append(BackgroundTask(entry, call))
+        self.background.append((entry, call))
         return call.future
 
     def take_over(self, handled: Handled | None) -> None:
-        """Set ``ctx.handled``."""
         self._state.handled = handled
 
     def adopt(self, **values: Any) -> None:
@@ -146,7 +111,6 @@ class Recorder:
         self._before = snapshot(self.values)
 
     def set_nodes(self, results: Mapping[str, NodeResult]) -> None:
-        """Set ``ctx.nodes``."""
         self._state.nodes.update(results)
 
     def set_own_custom_data(self) -> None:
@@ -157,13 +121,9 @@ class Recorder:
             self._state.nodes[node_id] = dataclasses.replace(here, custom_data=custom_data)
 
     def _entry(self, callback: str, hook: str, background: str = "") -> TraceEntry:
+        node_id, attempt = self._state.node.id, self._attempt
         entry = TraceEntry(
-            callback,
-            hook,
-            self._role,
-            self._state.node.id,
-            background=background,
-            attempt=self._attempt,
+            callback, hook, self._role, node_id, background=background, attempt=attempt
         )
         self._state.trace.append(entry)
         return entry
@@ -187,16 +147,9 @@ def snapshot(value: Any) -> Any:
 def changes_between(
     before: Mapping[str, Any], after: Mapping[str, Any], path: str = "", secret: bool = False
 ) -> tuple[Change, ...]:
-    """List where two snapshots differ, through dicts, in ``after``'s order.
-
-    Args:
-        before: The earlier snapshot.
-        after: The later one.
-        path: Where in the context they are.
-        secret: Whether all their values are.
-    """
+    """Return where two snapshots of ``path`` differ, through dicts, in ``after``'s order."""
     changes: list[Change] = []
-    for key in [*after, *(key for key in before if key not in after)]:
+    for key in {**after, **before}:
         here = f"{path}.{key}" if path else str(key)
         hidden = secret or is_secret(key)
         old, new = before.get(key, _ABSENT), after.get(key, _ABSENT)
@@ -208,15 +161,12 @@ def changes_between(
         if isinstance(old, dict) and isinstance(new, dict):
             changes.extend(changes_between(old, new, here, hidden))
         elif not _same(old, new):
-            changes.append(Change(here, _formatted(old, hidden), _formatted(new, hidden)))
+            texts = (ABSENT if it is _ABSENT else shown(it, hidden) for it in (old, new))
+            changes.append(Change(here, *texts))
     return tuple(changes)
 
 
 _ABSENT = object()
-
-
-def _formatted(value: Any, secret: bool) -> str:
-    return ABSENT if value is _ABSENT else shown(value, secret)
 
 
 def _same(old: Any, new: Any) -> bool:

@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Coroutine, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import threads
-from rayserve_hooks.core.failures import settle
+from rayserve_hooks.core.failures import entry_error, settle
 from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
 from rayserve_hooks.core.manager import PluginManager
-from rayserve_hooks.core.recorder import BackgroundTask, recorder_of
+from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import HookError, Phase
+from rayserve_hooks.trace import TraceEntry
 
 T = TypeVar("T")
 
@@ -22,19 +24,7 @@ _POLL_S = 0.5
 
 
 async def call_hook(manager: PluginManager, hook: str, ctx: CallbackCtx) -> Any:
-    """Call a hook in a thread, within its time limit.
-
-    Args:
-        manager: The callbacks.
-        hook: The hook's name.
-        ctx: The context.
-
-    Returns:
-        The hook's result.
-
-    Raises:
-        HookError: A callback failed, or all together took longer than the limit.
-    """
+    """Return a hook's result; it runs in a thread, within its time limit."""
     limit = getattr(manager.stack.time_limits, hook)
     async with time_limit(hook, limit, ctx, PHASES[hook]):
         return await threads.run_in_thread(getattr(manager.hook, hook), ctx=ctx)
@@ -44,17 +34,7 @@ async def call_hook(manager: PluginManager, hook: str, ctx: CallbackCtx) -> Any:
 async def time_limit(
     name: str, seconds: float | None, ctx: CallbackCtx, phase: Phase
 ) -> AsyncIterator[None]:
-    """Give up the block, and what it runs in a thread, after ``seconds``.
-
-    Args:
-        name: The limit's name in ``time_limits``.
-        seconds: None means no limit.
-        ctx: The context; names the callback that is running.
-        phase: The step, for the error.
-
-    Raises:
-        HookError: It took longer; names the callback that was running.
-    """
+    """Give up the block, and what it runs in a thread, after ``seconds``; None means never."""
     try:
         async with asyncio.timeout(seconds) as deadline:
             yield
@@ -67,47 +47,32 @@ async def time_limit(
 def timed_out(
     name: str, seconds: float, ctx: CallbackCtx, phase: Phase, rest: str = ""
 ) -> HookError:
-    """Return the error of a time limit that has run out.
-
-    Args:
-        name: The limit's name in ``time_limits``.
-        seconds: The limit.
-        ctx: The context; names the callback that is running.
-        phase: The step.
-        rest: What follows in the text.
-    """
+    """Return the error of a time limit that has run out; names the callback that is running."""
     # An async call has ended because its wait was cancelled; the last of them is the innermost.
     ended = (entry for entry in reversed(ctx.trace) if entry.outcome == "interrupted")
     running = recorder_of(ctx).running or next(ended, None)
     if running is not None:
         running.finish("timed out")
         running.outcome = "timed out"
-    return HookError(
-        callback=running.callback if running else None,
-        hook=running.hook if running else None,
-        node=str(ctx.node),
-        phase=phase,
-        detail=f"not done after {seconds:g} s, the time limit {name!r}; see what it waits "
-        f"for, or raise the limit in time_limits{rest}",
+    detail = (
+        f"not done after {seconds:g} s, the time limit {name!r}; see what it waits for, or raise "
+        f"the limit in time_limits{rest}"
     )
+    return entry_error(running, ctx.node, phase, detail)
 
 
 async def with_background(
     manager: PluginManager, ctx: CallbackCtx, work: Coroutine[Any, Any, T]
 ) -> T:
-    """Await ``work`` and everything that callbacks start beside it with `run_in_background`.
-
-    Raises:
-        HookError: A background task failed; ``work`` is cancelled then.
-    """
+    """Await ``work`` and all that callbacks start beside it; if one fails, cancel the rest."""
     main = asyncio.ensure_future(work)
     started = recorder_of(ctx).background
-    tasks: dict[asyncio.Future[Any], BackgroundTask] = {}
+    tasks: dict[asyncio.Future[Any], tuple[TraceEntry, threads.ThreadCall[Any]]] = {}
     try:
         while True:
             while started:
-                task = started.pop(0)
-                tasks[asyncio.wrap_future(task.call.future)] = task
+                entry, call = started.pop(0)
+                tasks[asyncio.wrap_future(call.future)] = entry, call
             waiting = [future for future in (main, *tasks) if not future.done()]
             if not waiting:
                 return main.result()
@@ -118,12 +83,14 @@ async def with_background(
             if main in done:
                 main.result()
             for future in done - {main}:
-                _settle(manager, ctx, tasks[future], future)
+                error = future.exception()
+                if error is not None:
+                    _settle(manager, ctx, tasks[future][0], error)
     finally:
         for future in (main, *tasks):
             future.cancel()
-        for task in (*tasks.values(), *started):  # some it has not noticed yet
-            task.call.give_up()
+        for _, call in (*tasks.values(), *started):  # some it has not noticed yet
+            call.give_up()
         started.clear()
         await asyncio.wait([main])
         if not main.cancelled():
@@ -131,40 +98,22 @@ async def with_background(
 
 
 def _settle(
-    manager: PluginManager, ctx: CallbackCtx, task: BackgroundTask, future: asyncio.Future[Any]
+    manager: PluginManager, ctx: CallbackCtx, entry: TraceEntry, error: BaseException
 ) -> None:
-    error = future.exception()
-    if error is None:
-        return
     if not isinstance(error, Exception):
         raise error
-    entry = task.entry
-    warns = manager.warns(entry.callback)
-    settle(
-        error,
-        ctx,
-        entry.callback,
-        entry.hook,
-        kwargs=manager.kwargs_of(entry.callback),
-        warns=warns,
-        what=f"its background task {entry.background!r} raised ",
-    )
-    entry.outcome = "warned" if warns else "failed"
+    what = f"its background task {entry.background!r} raised "
+    blame = replace(manager.blame(entry.callback, entry.hook), what=what)
+    settle(error, ctx, blame)
+    entry.outcome = "warned" if blame.warns else "failed"
 
 
 async def clean_up(
     manager: PluginManager, ctx: CallbackCtx, error: BaseException, started: Iterable[str] = ()
 ) -> list[HookError]:
-    """Run ``on_init_failed`` in this process.
+    """Run ``on_init_failed`` in this process and return what failed in it, its limit included.
 
-    Args:
-        manager: The callbacks.
-        ctx: The context.
-        error: What ended the initialization.
-        started: Callbacks that had started in another process of this node.
-
-    Returns:
-        What failed in it, a time limit included.
+    ``started`` are callbacks that had started in another process of this node.
     """
     here = (ctx.node.id, os.getpid())
     started = {*started, *(e.callback for e in ctx.trace if (e.node_id, e.pid) == here)}

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rayserve_hooks.core.instances import Dumps, Instance, identity
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, no_adapter
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.recorder import snapshot
-from rayserve_hooks.core.validation import Problem, problems_of
+from rayserve_hooks.core.validation import Problem, adapter, described, problems_of
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 _KEYS = ("callback", "kwargs", "name", "on_error", "only_on_cluster")
 
@@ -27,50 +23,33 @@ DISABLE_VARIABLE = "RAYSERVE_HOOKS_DISABLE"
 """Environment variable: names of callbacks to leave out, separated by commas."""
 
 
-def _described(description: str, **rules: Any) -> dict[str, Any]:
-    return {"description": description, **rules}
-
-
-# A dataclass of the standard library, of which pydantic reads the metadata: its schema is then
-# built where a list is parsed, and not in each process that imports this file.
 @dataclass(frozen=True)
 class CallbackEntry:
     """One item of a callback list: the declarative part, which travels between processes.
 
-    The plugin object built from it never does.
-
-    Attributes:
-        callback: What names the callback; see `CallbackStack.parse`.
-        kwargs: Constructor arguments; only for a class.
-        name: The callback's name in order, trace and errors.
-        on_error: ``"raise"`` or ``"warn"``; None means what the deployment's config says.
-        only_on_cluster: Whether the callback can be imported on the cluster only, for example
-            from a ``runtime_env`` package; what is wrong with it is then found there.
-        key: Equal for two entries that ask for the same plugin, in any process.
+    The plugin object built from it never does. ``key`` is equal for two entries that ask for the
+    same plugin, in any process.
     """
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic's name for its settings
 
     callback: Any = field(
-        metadata=_described(
-            "'pkg.module:Class', 'pkg.module' or a short name.",
-            json_schema_extra={"type": "string"},
-        )
+        metadata={
+            "description": "'pkg.module:Class', 'pkg.module' or a short name.",
+            "json_schema_extra": {"type": "string"},
+        }
     )
-    kwargs: Mapping[str, Any] = field(
-        default_factory=dict, metadata=_described("Arguments of the class's constructor.")
+    kwargs: Mapping[str, Any] = described(
+        "Arguments of the class's constructor.", default_factory=dict
     )
-    name: str = field(
-        default="",
-        metadata=_described("The callback's name in order, trace and errors.", min_length=1),
+    name: str = described(
+        "The callback's name in order, trace and errors.", {"min_length": 1}, default=""
     )
-    on_error: Literal["raise", "warn"] | None = field(
-        default=None,
-        metadata=_described("'warn' logs a failure and goes on, 'raise' ends the initialization."),
+    on_error: Literal["raise", "warn"] | None = described(
+        "'warn' logs a failure and goes on, 'raise' ends the initialization.", default=None
     )
-    only_on_cluster: bool = field(
-        default=False,
-        metadata=_described("Whether it can be imported on the cluster only.", strict=True),
+    only_on_cluster: bool = described(
+        "Whether it can be imported on the cluster only.", {"strict": True}, default=False
     )
     key: tuple[str, ...] = field(init=False, repr=False)
 
@@ -96,16 +75,11 @@ class CallbackEntry:
             )
 
     def create(self, adapt: Adapt = no_adapter) -> object:
-        """Build the plugin, or import the module that is one.
-
-        Raises:
-            CallbackConfigError: It cannot be imported or built, or is not a callback.
-        """
+        """Return the plugin, or the module that is one."""
         try:
             return build(self.callback, snapshot(self.kwargs), adapt)
         except CallbackConfigError as error:
-            texts = (self._named(problem) for problem in error.problems)
-            raise CallbackConfigError(*texts) from error.__cause__
+            raise CallbackConfigError(*map(self._named, error.problems)) from error.__cause__
 
     def _named(self, problem: str) -> str:
         if problem.startswith("callback "):
@@ -113,26 +87,17 @@ class CallbackEntry:
         return f"callback {self.name!r}{' ' if problem.startswith('is ') else ': '}{problem}"
 
     def freeze(self, dumps: Dumps) -> None:
-        """Check that the entry can be sent to another process, and keep an instance's bytes.
-
-        Args:
-            dumps: Pickles a value as it will be for its journey.
-
-        Raises:
-            CallbackConfigError: A value cannot be pickled.
-        """
-        instance = isinstance(self.callback, Instance)
+        """Check that ``dumps`` can pickle the entry, and keep an instance's bytes."""
+        advice = "give plain values as kwargs, and open clients in the hooks"
         try:
             if isinstance(self.callback, Instance):
-                self.callback.freeze(dumps)
-            dumps((self.callback, self.kwargs))
-        except Exception as error:  # every class can refuse in its own way
-            advice = "give plain values as kwargs, and open clients in the hooks"
-            if instance:
                 advice = (
                     "name the class with kwargs and open such things in its hooks, or leave them "
                     "out in __getstate__"
                 )
+                self.callback.freeze(dumps)
+            dumps((self.callback, self.kwargs))
+        except Exception as error:  # every class can refuse in its own way
             raise CallbackConfigError(
                 f"callback {self.name!r} cannot be sent to another process: {describe(error)}; "
                 f"{advice}"
@@ -153,22 +118,13 @@ def _canonical(kwargs: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class CallbackStack:
-    """A deployment's callback list: what travels to other processes, where managers are built.
-
-    Args:
-        entries: The callbacks, in list order.
-        on_error: What an entry that does not say does when it fails.
-        time_limits: How long the steps of an initialization may take.
-        deployment: Name of the deployment, so that two with the same list share nothing.
-        adapt: Builds the plugins of classes that are written for another interface; a function
-            that pickles.
-    """
+    """A deployment's callback list: what travels to other processes, where managers are built."""
 
     entries: tuple[CallbackEntry, ...] = ()
-    on_error: str = "raise"
+    on_error: str = "raise"  # of an entry that does not say
     time_limits: TimeLimits = field(default_factory=TimeLimits)
-    deployment: str = ""
-    adapt: Adapt = no_adapter
+    deployment: str = ""  # so that two with the same list share nothing
+    adapt: Adapt = no_adapter  # a function that pickles
 
     @classmethod
     def parse(
@@ -179,7 +135,7 @@ class CallbackStack:
         on_error: str = "raise",
         adapt: Adapt = no_adapter,
     ) -> CallbackStack:
-        """Read a config's callback list and limits.
+        """Return the stack of a config's callback list and limits.
 
         Args:
             callbacks: One callback or a list of them. Each is ``"pkg.module:Class"``,
@@ -196,10 +152,10 @@ class CallbackStack:
         """
         problems = Problems()
         entries = _parse_entries(callbacks, problems)
-        limits = TimeLimits()
+        stack = cls(entries, on_error, adapt=adapt)
         with problems.collected():
             limits = TimeLimits.parse({} if time_limits is None else time_limits)
-        stack = cls(entries, on_error, limits, adapt=adapt)
+            stack = replace(stack, time_limits=limits)
         if problems:
             with problems.collected():
                 stack.here().build()
@@ -213,11 +169,7 @@ class CallbackStack:
         return (self.deployment, self.on_error, self.time_limits, *entries)
 
     def build(self) -> list[tuple[CallbackEntry, object]]:
-        """Build the plugin of each entry, in list order.
-
-        Raises:
-            CallbackConfigError: Some cannot be imported or built, or are no callbacks; names all.
-        """
+        """Return each entry with its plugin, in list order; an error names all that fail."""
         problems = Problems()
         plugins: list[tuple[CallbackEntry, object]] = []
         for entry in self.entries:
@@ -232,11 +184,7 @@ class CallbackStack:
         return self if entries == self.entries else replace(self, entries=entries)
 
     def freeze(self, dumps: Dumps) -> None:
-        """Check that every entry can travel; see `CallbackEntry.freeze`.
-
-        Raises:
-            CallbackConfigError: Some cannot; names all.
-        """
+        """Check that each entry can travel; an error names all that cannot."""
         problems = Problems()
         for entry in self.entries:
             with problems.collected():
@@ -248,12 +196,6 @@ class CallbackStack:
 
         The variable is read in the replica; what travels to the other nodes is the shortened
         list, so that all processes agree.
-
-        Args:
-            name: The deployment's name.
-
-        Raises:
-            CallbackConfigError: The variable names a callback that is not in the list.
         """
         named = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")} - {""}
         unknown = sorted(named - {entry.name for entry in self.entries})
@@ -299,7 +241,7 @@ def _parse(item: object, where: str) -> CallbackEntry:
         rest = "an instance or a module"
         written["callback"] = _callback(item["callback"], f"{where}: callback", rest)
     try:
-        entry = entry_adapter().validate_python(written)
+        entry = adapter(CallbackEntry).validate_python(written)
     except ValidationError as error:
         problems = list(problems_of(error, _KEYS))
         if len(problems) > 1:  # a misspelt 'callback' is one problem, not two
@@ -324,9 +266,8 @@ def _message(problem: Problem, item: Mapping[Any, Any], where: str) -> str:
     if problem.path == "only_on_cluster":
         return _not_elsewhere(item, where)
     if problem.path == "kwargs" and not problem.of_key:  # its value may hold a secret
-        return (
-            f"{where}: kwargs is {type(item['kwargs']).__name__}; write a mapping of argument names"
-        )
+        kind = type(item["kwargs"]).__name__
+        return f"{where}: kwargs is {kind}; write a mapping of argument names"
     if problem.path == "name":
         return f"{where}: name is {item['name']!r}; write a string"
     if not problem.path and not problem.of_key:  # of CallbackEntry itself
@@ -342,11 +283,3 @@ def _not_elsewhere(item: Mapping[Any, Any], where: str) -> str:
         f"{where}: only_on_cluster is {item['only_on_cluster']!r} for callback "
         f"{item.get('callback')!r}; write true, and name the callback by a string"
     )
-
-
-@functools.cache
-def entry_adapter() -> TypeAdapter[CallbackEntry]:
-    """Return pydantic's view of an entry that is written as a mapping."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(CallbackEntry)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import contextvars
 import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -22,19 +24,15 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _GIVE_UP_S = 1.0
+_running_call: ContextVar[ThreadCall[Any] | None] = ContextVar("running_call", default=None)
+_nested: ContextVar[bool] = ContextVar("nested", default=False)  # inside an async callback
 
 
 class ThreadCall(Generic[T]):
     """A function running in a thread, whose coroutines are awaited on an event loop.
 
     The thread is a daemon: a callback that hangs for ever must not keep its process from ending.
-
-    Args:
-        func: The function.
-        loop: Where its coroutines run; None means one loop per process.
-
-    Attributes:
-        future: The function's result to come.
+    ``loop`` is where the coroutines run; None means one loop per process.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class ThreadCall(Generic[T]):
             coroutine.cancel()
 
     def check(self) -> None:
-        """Raise ``CancelledError`` in a call that was given up, so that it starts nothing new."""
+        """Raise ``CancelledError`` if the call was given up, so that it starts nothing new."""
         if self._given_up:
             raise asyncio.CancelledError("this initialization was given up")
 
@@ -92,11 +90,6 @@ class ThreadCall(Generic[T]):
             raise asyncio.CancelledError("this initialization was given up") from None
         finally:
             self._coroutines.discard(future)
-
-
-_running_call: contextvars.ContextVar[ThreadCall[Any] | None] = contextvars.ContextVar(
-    "rayserve_hooks_running_call", default=None
-)
 
 
 async def run_in_thread(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -133,14 +126,14 @@ def run_coroutine(awaitable: Awaitable[T]) -> T:
     that a client opened in one hook still works in the next. A hook that an async callback calls
     would wait for a loop that waits for it; its coroutines get a loop of their own.
     """
-    inside_loop = True
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        inside_loop = False
+    inside_loop = False
+    with contextlib.suppress(RuntimeError):
+        inside_loop = asyncio.get_running_loop() is not None
     call = _running_call.get()
     if inside_loop and _nested.get():
-        outcome = _on_a_loop_of_its_own(_guarded(awaitable))
+        with concurrent.futures.ThreadPoolExecutor(1, "rayserve_hooks-aio-nested") as thread:
+            run = contextvars.copy_context().run
+            outcome = thread.submit(run, asyncio.run, _guarded(awaitable)).result()
     elif inside_loop or call is None:
         guarded = _guarded(awaitable)
         outcome = asyncio.run_coroutine_threadsafe(guarded, process_loop()).result()
@@ -151,23 +144,15 @@ def run_coroutine(awaitable: Awaitable[T]) -> T:
     return outcome
 
 
-_nested: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "rayserve_hooks_nested", default=False
-)
-
-
 @dataclasses.dataclass
 class _Raised:
     error: BaseException
 
 
 async def _guarded(awaitable: Awaitable[T]) -> T | _Raised:
-    """Hand any exception over as a value.
-
-    A ``SystemExit`` or ``KeyboardInterrupt`` would end the loop's thread before the caller hears
-    of it, and a cancellation would reach it as an ordinary ``concurrent.futures`` error, which
-    a hook's error handling swallows.
-    """
+    # A SystemExit or KeyboardInterrupt would end the loop's thread before the caller gets it, and
+    # a cancellation would reach it as an ordinary concurrent.futures error, which a hook's error
+    # handling swallows. So any exception is handed over as a value.
     _nested.set(True)
     try:
         return await awaitable
@@ -189,8 +174,3 @@ def _start_process_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="rayserve_hooks-aio", daemon=True).start()
     return loop
-
-
-def _on_a_loop_of_its_own(coroutine: Coroutine[Any, Any, T]) -> T:
-    with concurrent.futures.ThreadPoolExecutor(1, "rayserve_hooks-aio-nested") as thread:
-        return thread.submit(contextvars.copy_context().run, asyncio.run, coroutine).result()

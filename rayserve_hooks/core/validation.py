@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayserve_hooks.core.masking import MASK, is_secret, redact, shown
 from rayserve_hooks.core.suggest import did_you_mean
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError
     from pydantic_core import ErrorDetails
+
+T = TypeVar("T")
 
 _KEY = "[key]"  # pydantic's end of a location where the key of a mapping is wrong
 _WRITE = {
@@ -38,21 +40,33 @@ _LIMITS = {
 }
 
 
+def described(description: str, rules: Mapping[str, Any] | None = None, **options: Any) -> Any:
+    """Return a field of a dataclass that `adapter` reads, with what pydantic has to know of it."""
+    return dataclasses.field(metadata={"description": description, **(rules or {})}, **options)
+
+
+# Of dataclasses of the standard library: the schema is built where values are parsed, and not in
+# each process that imports the class.
+def adapter(cls: type[T]) -> TypeAdapter[T]:
+    """Return pydantic's view of a dataclass that is written as a mapping."""
+    from pydantic import TypeAdapter
+
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(cls)
+    return _adapters[cls]
+
+
+_adapters: dict[type, TypeAdapter[Any]] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with an input, in our words.
+    """One thing that is wrong with an input, in our words."""
 
-    Attributes:
-        path: Where, written like Python: ``"local"`` or ``"bundles[0]['CPU']"``.
-        value: The input there, formatted without secrets; empty where ``text`` shows it.
-        text: What to write; of an unknown or missing key, what is wrong with it.
-        of_key: Whether it is about a key of the mapping at ``path``, not about a value.
-    """
-
-    path: str
-    value: str
-    text: str
-    of_key: bool = False
+    path: str  # written like Python: "local" or "bundles[0]['CPU']"
+    value: str  # formatted without secrets; empty where the text shows it
+    text: str  # what to write; of an unknown or missing key, what is wrong with it
+    of_key: bool = False  # it is about a key of the mapping at ``path``, not about a value
 
     def in_call(self, name: str) -> str:
         """Return the message for an argument, such as ``"Policy(local='X'): write a path"``."""
@@ -71,18 +85,12 @@ class Problem:
 def problems_of(
     error: ValidationError, known: Collection[str], noun: str = "key"
 ) -> Iterator[Problem]:
-    """Yield what a ``ValidationError`` reports, in our words.
-
-    Args:
-        error: What pydantic raised.
-        known: The names at the top level, in the order in which a message lists them.
-        noun: What a name at the top level is called.
-    """
+    """Yield what pydantic reports, in our words; ``known`` are the names at the top level."""
     for details in error.errors(include_url=False):
         *outer, last = details["loc"] or [""]
         if details["type"] in ("extra_forbidden", "invalid_key", "unexpected_keyword_argument"):
-            advice = did_you_mean(last, known) or f"; use one of {', '.join(known)}"
-            advice = advice if known else "; drop it"
+            choices = f"; use one of {', '.join(known)}" if known else "; drop it"
+            advice = did_you_mean(last, known) or choices
             yield Problem(_written(outer), "", f"has unknown {noun} {str(last)!r}{advice}", True)
         elif details["type"] == "missing":
             yield Problem(_written(outer), "", f"has no {noun} {last!r}; add it", True)
@@ -111,13 +119,10 @@ def _advice(details: ErrorDetails) -> str:
     if kind == "is_instance_of":  # of an abstract class
         kind = f"{context['class'].lower()}_type"
     written = _WRITE.get(kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_str"))
+    if written == "a list" and type(details["input"]) is str:
+        return "write a list, even of one item"
     if written:
-        one = (
-            ", even of one item"
-            if written == "a list" and details["input"].__class__ is str
-            else ""
-        )
-        return f"write {written}{one}"
+        return f"write {written}"
     raised = context.get("error")
     if isinstance(raised, Exception):
         return str(raised)  # of a validator of ours
