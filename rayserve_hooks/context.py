@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 import os
 from collections.abc import Callable, Coroutine, Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
+from rayserve_hooks.errors import did_you_mean
 from rayserve_hooks.trace import Trace
 
 if TYPE_CHECKING:
@@ -356,9 +356,8 @@ class CallbackCtx:
 
 def _unknown_field(name: str) -> str:
     known = (*_READ_WRITE, *_READ_ONLY)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
-    return f"CallbackCtx has no field {name!r}; {hint}"
+    hint = did_you_mean(name, known) or f"; use one of {', '.join(known)}"
+    return f"CallbackCtx has no field {name!r}{hint}"
 
 
 _READ_WRITE = tuple(name for name, value in vars(CallbackCtx).items() if isinstance(value, _Field))

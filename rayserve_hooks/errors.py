@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import enum
 import pickle
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -134,6 +135,12 @@ class HookError(HooksError, RuntimeError):
     def __reduce__(self) -> tuple[object, ...]:
         fields = {name: value for name, value in vars(self).items() if name != "__notes__"}
         return _rebuild_hook_error, (fields, _portable(self.__cause__))
+
+
+def did_you_mean(word: object, known: Iterable[object], *, cutoff: float = 0.6) -> str:
+    """Return ``"; did you mean '...'?"``, or nothing if no known name is like ``word``."""
+    close = difflib.get_close_matches(str(word), map(str, known), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def describe(error: BaseException) -> str:

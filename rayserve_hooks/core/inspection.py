@@ -12,7 +12,7 @@ import pluggy
 
 from rayserve_hooks.core import _pluggy
 from rayserve_hooks.core.hooks import HOOK_PARAMETERS, HOOKS, is_inherited_spec
-from rayserve_hooks.core.suggest import did_you_mean
+from rayserve_hooks.errors import did_you_mean
 from rayserve_hooks.hookspecs import PROJECT
 
 
@@ -69,7 +69,7 @@ def _static_function(owner: object, name: str) -> tuple[object, Callable[..., An
     if isinstance(found, types.MemberDescriptorType):  # a slot; reading one runs no code
         try:
             found = found.__get__(owner, type(owner))
-        except AttributeError:  # it is not set
+        except (AttributeError, TypeError):  # it is not set, or the owner is the class
             return None
     elif isinstance(found, staticmethod | classmethod) or _is_method(owner, name, found):
         cls = owner if isinstance(owner, type) else type(owner)

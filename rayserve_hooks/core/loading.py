@@ -15,8 +15,7 @@ from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.inspection import hook_problems
 from rayserve_hooks.core.instances import Instance
 from rayserve_hooks.core.masking import redact
-from rayserve_hooks.core.suggest import did_you_mean
-from rayserve_hooks.errors import CallbackConfigError, describe
+from rayserve_hooks.errors import CallbackConfigError, describe, did_you_mean
 
 ENTRY_POINT_GROUP = "rayserve_hooks"
 
@@ -56,8 +55,11 @@ def _construct(cls: type, kwargs: Mapping[str, Any], adapt: Adapt) -> object:
         return adapted
     try:
         return cls(**kwargs)
-    except CallbackConfigError:
-        raise
+    except CallbackConfigError as error:  # its text says what to do
+        texts = tuple(redact(problem, kwargs) for problem in error.problems)
+        if texts == error.problems:
+            raise
+        raise CallbackConfigError(*texts) from None
     except Exception as error:  # a constructor may refuse with any exception
         reason = redact(describe(error), kwargs)
         raise CallbackConfigError(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rayserve_hooks.core.masking import MASK, is_secret, redact, shown
-from rayserve_hooks.core.suggest import did_you_mean
+from rayserve_hooks.errors import did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError

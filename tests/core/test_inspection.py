@@ -571,3 +571,12 @@ def test_a_class_that_is_registered_itself_has_its_static_hooks() -> None:
         "on_before_download",
         "on_before_init",
     ]
+
+
+def test_a_class_with_slots_can_be_looked_at_before_it_is_built() -> None:
+    class Slotted:
+        __slots__ = ("on_after_init", "size")
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    assert [function.hook for function in hook_functions(Slotted)] == ["on_before_init"]

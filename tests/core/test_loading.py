@@ -10,7 +10,7 @@ from typing import Any
 
 import plugins_for_tests
 import pytest
-from plugins_for_tests import Outer, Plain, Strict, one, refused, sent
+from plugins_for_tests import Outer, Plain, Strict, make_manager, one, refused, sent
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.loading import short_names
@@ -355,3 +355,21 @@ def test_an_instance_named_by_a_string_takes_no_kwargs() -> None:
         "'plugins_for_tests:ready_made', which takes none; name a class, or drop kwargs"
     ):
         create({"callback": "plugins_for_tests:ready_made", "kwargs": {"greeting": "hi"}})
+
+
+class Refuses:
+    def __init__(self, hf_token: str) -> None:
+        raise CallbackConfigError(
+            "no such bucket; name another", f"{hf_token} is expired; renew it"
+        )
+
+    def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+
+def test_what_a_constructor_says_of_its_arguments_stays_whole_but_for_secrets() -> None:
+    with pytest.raises(CallbackConfigError) as caught:
+        make_manager({"callback": Refuses, "kwargs": {"hf_token": "s3cret-token"}})
+    assert caught.value.problems == (
+        "callback 'Refuses': no such bucket; name another",
+        "callback 'Refuses': *** has expired",
+    )
