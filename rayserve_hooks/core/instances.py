@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from rayserve_hooks.errors import CallbackConfigError, describe
 Dumps = Callable[[Any], bytes]
 """Pickles a value; what it returns, ``pickle.loads`` reads."""
 
-_PROCESS = uuid.uuid4().hex
+_PROCESS = os.urandom(16).hex()
 
 
 def identity(value: object) -> str:
