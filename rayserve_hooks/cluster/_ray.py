@@ -125,12 +125,12 @@ def create_default_placement_group(config: LLMConfig) -> PlacementGroup:
 
 def model_source(config: LLMConfig) -> tuple[str, Mirror | None]:
     """Return the engine's model id or path, and the bucket it is mirrored in, if any."""
-    from rayserve_hooks.download.model import Mirror
-
     engine = _engine(config)
     mirror = engine.mirror_config
     if mirror is None:
         return engine.actual_hf_model_id, None
+    from rayserve_hooks.download.model import Mirror
+
     extra = tuple((file.bucket_uri, file.destination_path) for file in mirror.extra_files)
     return engine.actual_hf_model_id, Mirror(mirror.bucket_uri, extra)
 

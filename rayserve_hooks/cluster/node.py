@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from rayserve_hooks.cluster.download_stage import download_caller
 from rayserve_hooks.cluster.travel import ModelSource
 from rayserve_hooks.context import CallbackCtx, NodeResult
 from rayserve_hooks.core import threads
@@ -16,7 +15,6 @@ from rayserve_hooks.core.failures import step_error
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.core.running import call_hook, time_limit
-from rayserve_hooks.download.model import download_node
 from rayserve_hooks.errors import Phase, describe
 
 
@@ -42,6 +40,12 @@ async def initialize_this_node(
 
 async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) -> str | None:
     mode = "local_node_download_model" if ctx.node.is_local else "worker_node_download_model"
+    from_hub = mode in recorder_of(ctx).assigned
+    if source.mirror is None and not from_hub:
+        return None  # the engine fetches the model; what follows takes a while to import
+    from rayserve_hooks.cluster.download_stage import download_caller
+    from rayserve_hooks.download.model import download_node
+
     async with time_limit("download", limit, ctx, Phase.DOWNLOAD):
         try:
             return await threads.run_in_thread(
@@ -49,7 +53,7 @@ async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) 
                 source.model_id,
                 source.mirror,
                 getattr(ctx, mode),
-                from_hub=mode in recorder_of(ctx).assigned,
+                from_hub=from_hub,
                 caller=download_caller(source.model_id),
             )
         except Exception as error:

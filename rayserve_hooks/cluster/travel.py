@@ -6,15 +6,17 @@ import functools
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.context import CallbackCtx, DeferredConfig, NodeInfo, NodeResult
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
-from rayserve_hooks.download.model import Mirror
 from rayserve_hooks.errors import HookError, Phase, describe
 from rayserve_hooks.trace import TraceEntry
+
+if TYPE_CHECKING:
+    from rayserve_hooks.download.model import Mirror
 
 Setters = dict[str, TraceEntry | None]  # by key of custom_data, the call that set it
 

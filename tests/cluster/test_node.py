@@ -14,6 +14,8 @@ from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, NodeModelDown
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.manager import PluginManager
+from rayserve_hooks.download import model
+from rayserve_hooks.download.model import Mirror
 from rayserve_hooks.errors import HookError, Phase
 
 HERE = "on node n1 (10.0.0.1)"
@@ -41,13 +43,15 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         noted.append({"model_id": model_id, "mode": mode, "from_hub": options["from_hub"]})
         return "/downloaded"
 
-    monkeypatch.setattr(node, "download_node", download)
+    monkeypatch.setattr(model, "download_node", download)
     return noted
 
 
 def initialize(manager: PluginManager, ctx: CallbackCtx) -> tuple[NodeResult, list[Phase]]:
     phases: list[Phase] = []
-    stage = node.initialize_this_node(manager, ctx, ModelSource("org/m", None), phases.append)
+    stage = node.initialize_this_node(
+        manager, ctx, ModelSource("org/m", Mirror("s3://bucket/m")), phases.append
+    )
     return asyncio.run(stage), phases
 
 
@@ -109,7 +113,7 @@ def test_a_download_that_fails_names_the_node_and_no_callback(
     def fails(*args: object, **options: object) -> str:
         raise OSError("disk full")
 
-    monkeypatch.setattr(node, "download_node", fails)
+    monkeypatch.setattr(model, "download_node", fails)
     with pytest.raises(HookError) as caught:
         initialize(make_manager(), make_ctx())
     assert str(caught.value) == (
@@ -122,7 +126,7 @@ def test_a_download_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     async def waits() -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(node, "download_node", lambda *_, **__: threads.run_coroutine(waits()))
+    monkeypatch.setattr(model, "download_node", lambda *_, **__: threads.run_coroutine(waits()))
     manager = make_manager(time_limits=TimeLimits(download=0.05))
     text = r"\(phase: download\): not done after 0.05 s, the time limit 'download'"
     with pytest.raises(HookError, match=text):

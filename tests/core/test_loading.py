@@ -359,9 +359,7 @@ def test_an_instance_named_by_a_string_takes_no_kwargs() -> None:
 
 class Refuses:
     def __init__(self, hf_token: str) -> None:
-        raise CallbackConfigError(
-            "no such bucket; name another", f"{hf_token} is expired; renew it"
-        )
+        raise CallbackConfigError("no such bucket; name another", f"{hf_token} has expired")
 
     def on_before_init(self, ctx: CallbackCtx) -> None: ...
 
