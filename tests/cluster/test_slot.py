@@ -7,9 +7,11 @@ import pickle
 from typing import Any
 
 import pytest
+from ray.serve.llm import LLMConfig as RayLLMConfig
 
 import rayserve_hooks
 from rayserve_hooks import HookError
+from rayserve_hooks.core.stack import CallbackStack
 
 pytestmark = pytest.mark.ray
 
@@ -93,3 +95,48 @@ def test_a_wrong_list_in_yaml_is_an_error_when_the_replica_builds_the_adapter() 
     )
     with pytest.raises(ValueError, match="has no 'Plian'; did you mean 'Plain'"):
         config.get_or_create_callback()
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Note each reading of a callback list."""
+    noted: list[object] = []
+    parse = CallbackStack.parse
+
+    def noting(callbacks: object, *args: Any, **kwargs: Any) -> CallbackStack:
+        noted.append(callbacks)
+        return parse(callbacks, *args, **kwargs)
+
+    monkeypatch.setattr(CallbackStack, "parse", noting)
+    return noted
+
+
+def run(config: Any) -> None:
+    callback = pickle.loads(pickle.dumps(config)).get_or_create_callback()
+    asyncio.run(callback.run_callback("on_before_node_init"))
+    assert "greeting" in callback.ctx.runtime_env["env_vars"]
+
+
+GREETS = setting(runtime_env={"env_vars": {"greeting": "hello"}})
+
+
+def test_a_list_is_read_once_where_our_config_is_made(parsed: list[object]) -> None:
+    run(make(GREETS))
+    assert parsed == [[GREETS]]
+
+
+def test_a_list_of_yaml_is_read_once_in_the_replica_and_not_written_to(
+    parsed: list[object],
+) -> None:
+    settings: Any = {
+        "callback_class": "rayserve_hooks.HooksCallback",
+        "callback_kwargs": {"callbacks": [GREETS]},
+    }
+    config = RayLLMConfig(
+        model_loading_config={"model_id": "tiny"},
+        callback_config=settings,
+        placement_group_config={"bundles": [{"CPU": 1}]},
+    )
+    run(config)
+    assert parsed == [[GREETS]]
+    assert config.callback_config.callback_kwargs == {"callbacks": [GREETS]}
