@@ -75,6 +75,8 @@ class PluginManager(pluggy.PluginManager):
         """
         if isinstance(plugin, RegisteredCallback):
             plugin = plugin.callback
+        if plugin is None:  # ignored, as in pluggy
+            return None
         already = self.get_name(plugin)
         if already is not None:
             raise CallbackConfigError(
@@ -93,8 +95,9 @@ class PluginManager(pluggy.PluginManager):
         return replace(hook, function=instrument(hook.function, self.blame(name, hook.hook)))
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
-        registered: RegisteredCallback = plugin
-        return registered.options_of(name)
+        if isinstance(plugin, RegisteredCallback):
+            return plugin.options_of(name)
+        return super().parse_hookimpl_opts(plugin, name)
 
     def registered(self, plugin: Any) -> RegisteredCallback | None:
         """Return the `RegisteredCallback` of a callback or of itself; None if there is none."""

@@ -535,3 +535,25 @@ def test_hooks_of_a_user_are_called_as_pluggy_calls_them() -> None:
     manager.add_hookspecs(Specs)
     manager.register(Listens())
     assert manager.hook.on_ready(name="m") == [True]
+
+
+def test_none_is_ignored_as_in_pluggy() -> None:
+    manager = make_manager()
+    assert manager.register(None) is None
+    assert manager.get_plugins() == set()
+
+
+def test_pluggys_parser_still_takes_a_callback_itself() -> None:
+    class Marked:
+        @hookimpl(tryfirst=True)
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+        def helper(self) -> None: ...
+
+    manager = make_manager(Marked)
+    (registered,) = manager.get_plugins()
+    for plugin in (registered, registered.callback):
+        options = manager.parse_hookimpl_opts(plugin, "on_before_init")
+        assert options is not None
+        assert options["tryfirst"]
+        assert manager.parse_hookimpl_opts(plugin, "helper") is None
