@@ -88,7 +88,7 @@ _TOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
 
 @contextlib.contextmanager
 def target() -> Iterator[Path]:
-    """Give a new folder; its files are emptied after the block, and deleted after the last round.
+    """Yield a new folder; its files are emptied after the block, and deleted after the last round.
 
     Where many files were deleted in the last minutes ext4 searches long for a place for a new
     one, so each round would slow down the next.

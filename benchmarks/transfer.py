@@ -108,7 +108,7 @@ def one(case: str, side: str) -> dict[str, float]:
 
 
 def python_of(side: str) -> str:
-    """Give the interpreter: s3fs pins another boto3, so it has an environment of its own."""
+    """Return the interpreter: s3fs pins another boto3, so it has an environment of its own."""
     if side != "fsspec":
         return sys.executable
     python = FSSPEC_VENV / "bin" / "python"

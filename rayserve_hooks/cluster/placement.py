@@ -68,7 +68,7 @@ class Placement:
         logger.info("removed placement group %s, which this initialization had made", group_id)
 
     def _warn_of_reserved(self) -> None:
-        """Say what a callback that replaces the group of a replica leaves behind."""
+        """Warn of what a callback that replaces the group of a replica leaves behind."""
         reserved = _ray.current_placement_group()
         if reserved is None or self._given is None or self._ctx.placement_group is self._given:
             return

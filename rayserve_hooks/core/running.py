@@ -34,7 +34,7 @@ async def call_hook(manager: PluginManager, hook: str, ctx: CallbackCtx) -> Any:
 async def time_limit(
     name: str, seconds: float | None, ctx: CallbackCtx, phase: Phase
 ) -> AsyncIterator[None]:
-    """Give up the block, and what it runs in a thread, after ``seconds``; None means never."""
+    """Cancel the block, and what it runs in a thread, after ``seconds``; None means never."""
     try:
         async with asyncio.timeout(seconds) as deadline:
             yield
