@@ -7,7 +7,6 @@ import pickle
 from typing import Any
 
 import pytest
-from ray.serve.llm import LLMConfig as RayLLMConfig
 
 import rayserve_hooks
 from rayserve_hooks import HookError
@@ -128,11 +127,13 @@ def test_a_list_is_read_once_where_our_config_is_made(parsed: list[object]) -> N
 def test_a_list_of_yaml_is_read_once_in_the_replica_and_not_written_to(
     parsed: list[object],
 ) -> None:
+    from ray.serve.llm import LLMConfig
+
     settings: Any = {
         "callback_class": "rayserve_hooks.HooksCallback",
         "callback_kwargs": {"callbacks": [GREETS]},
     }
-    config = RayLLMConfig(
+    config = LLMConfig(
         model_loading_config={"model_id": "tiny"},
         callback_config=settings,
         placement_group_config={"bundles": [{"CPU": 1}]},
