@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rayserve_hooks import CallbackCtx, RayServeLLMCallback
 from rayserve_hooks.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -277,3 +278,16 @@ def test_as_a_command_it_imports_no_ray() -> None:
     assert (
         subprocess.run([script, "plugins"], check=False, stdout=subprocess.DEVNULL).returncode == 0
     )
+
+
+class OneHook(RayServeLLMCallback):
+    def on_after_init(self, ctx: CallbackCtx) -> None: ...
+
+
+def test_plugins_lists_only_the_hooks_that_a_subclass_defines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry_point = importlib.metadata.EntryPoint("one", f"{__name__}:OneHook", "rayserve_hooks")
+    monkeypatch.setattr("rayserve_hooks.cli.short_names", lambda: {"one": entry_point})
+    (row,) = rows(capsys, "plugins")
+    assert row["hooks"] == ["on_after_init"]
