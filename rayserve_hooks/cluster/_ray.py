@@ -1,6 +1,6 @@
-"""The one place that touches Ray's internal parts; `tests/test__ray.py` watches them.
+"""The one place that touches Ray's internal parts; `tests/cluster/test__ray.py` watches them.
 
-Importing this module does not import Ray: node tasks and the driver must stay light, and each
+Importing this module does not import Ray: node processes and the driver must stay light, and each
 function imports what it needs. Everything here was read in Ray 2.60.
 """
 
