@@ -28,9 +28,9 @@ ModelPath = Annotated[
 class CustomInitialization:
     """Serve a model that every node can read already, from a shared or a baked-in folder.
 
-    It answers ``on_before_init`` with `Handled`, so no other node is started and nothing is downloaded;
-    put callbacks that must run before it earlier in the list. To bring the model in your own
-    way, take this file as the example.
+    It answers ``on_before_init`` with `Handled`, so no node is prepared and nothing is
+    downloaded; put callbacks that must run before it earlier in the list. To bring the model in
+    your own way, take this file as the example.
 
     Args:
         model_path: The model's folder, an absolute path that is the same on every node. Required.
