@@ -209,7 +209,7 @@ def check_custom(url: str, trace: Path) -> str:
     assert calls["custom_initialization", "on_before_init"]["outcome"] == "handled", calls
     assert "on_before_download" not in {hook for _, hook in calls}, calls
     chat(url, PROMPT)
-    return "no node was prepared, and the model it brought answers; the configured one does not exist"
+    return "no node was prepared, and its own model answers; the configured one does not exist"
 
 
 def run_checks(checks: list[tuple[str, Callable[[], str]]]) -> int:
