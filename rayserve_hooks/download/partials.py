@@ -1,27 +1,57 @@
 """Partial files: each file being fetched has one in the state folder until it is complete.
 
-A partial file is named after the object's path and version. A journal beside it lists the ranges
-that are written, so that a later run resumes where a killed one ended.
+A partial file is named after the object's path and version. A journal beside it lists the segments
+that are written, each with its checksum. A later run reads them again before it trusts them: after
+a power cut the journal may be on disk without the bytes it speaks of.
 
 Paths are strings here: with thousands of small files, ``pathlib`` takes longer than the requests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import os
 import re
-from concurrent.futures import Future
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 from rayserve_hooks.download.checksums import Head
+from rayserve_hooks.download.safe_files import open_owned
+from rayserve_hooks.download.state import make_way
 from rayserve_hooks.download.stores import RemoteFile
+from rayserve_hooks.errors import DownloadError
 
 RANGE_BYTES = 16 * 2**20
+_LINE = re.compile(rb"^(\d{1,19}) (\d{1,19}) ([0-9a-f]{1,16})$", re.MULTILINE)
+_CHECK_THREADS = 8
+_WAY_OUT = "set HF_HOME to move the cache"
 
 Span = tuple[int, int]
 """The first byte of a range, and the first byte after it."""
+
+
+class Segment(NamedTuple):
+    """Bytes of a file that are written, and their checksum by `segment_crc`."""
+
+    start: int
+    end: int
+    crc: int
+
+
+@functools.cache
+def segment_crc() -> tuple[str, Callable[[memoryview, int], int]]:
+    """Return name and function of the checksum of segments: the fastest that is installed."""
+    try:
+        from awscrt.checksums import crc64nvme
+    except ImportError:
+        return "crc32", zlib.crc32
+    return "crc64nvme", crc64nvme
 
 
 @dataclass
@@ -31,12 +61,10 @@ class PartialFile:
     file: RemoteFile
     target: str
     stem: str  # the path of the partial file and of its journal, without their suffixes
-    spans: list[Span]  # what it is fetched in
-    done: set[Span]  # those of them that are written
+    left_over: bool = False  # by a run before this one
+    done: list[Segment] = field(default_factory=list)
+    left: int = 0  # ranges that are still to be fetched
     head: Future[Head | None] | None = None  # of the request for its checksum, if one was made
-    finishing: bool = False  # a thread is about to publish it
-    # By a range's first byte, the CRC64NVME of what this run has written there.
-    crcs: dict[int, bytes] = field(default_factory=dict)
     _fd: int = -1
     _journal_fd: int = -1
 
@@ -45,31 +73,46 @@ class PartialFile:
         return f"{self.stem}.partial"
 
     @property
-    def _journal(self) -> str:
-        return f"{self.stem}.journal"
+    def journal(self) -> str:
+        """The path of the journal; no journal with another checksum has this name."""
+        return f"{self.stem}.{segment_crc()[0]}.journal"
 
     @property
-    def missing(self) -> list[Span]:
-        return [span for span in self.spans if span not in self.done]
+    def done_bytes(self) -> int:
+        return sum(segment.end - segment.start for segment in self.done)
+
+    def missing(self) -> Iterator[Span]:
+        """Yield the ranges to fetch; of an absurd size there are too many for a list."""
+        start = 0
+        ends = [(segment.start, segment.end) for segment in self.done]
+        for end, resume in [*ends, (self.file.size, self.file.size)]:
+            while start < end:
+                yield start, min(start + RANGE_BYTES, end)
+                start = min(start + RANGE_BYTES, end)
+            start = max(start, resume)
 
     def open(self) -> None:
         if self._fd < 0:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            self._journal_fd = os.open(self._journal, flags, 0o666)
+            # What an earlier run has left was looked at, or moved away: nothing else may be there.
+            new = 0 if self.done else os.O_CREAT | os.O_EXCL
+            self._fd = open_owned(self.path, os.O_RDWR | new, 0o644, way_out=_WAY_OUT)
+            flags = os.O_WRONLY | os.O_APPEND | new
+            self._journal_fd = open_owned(self.journal, flags, 0o644, way_out=_WAY_OUT)
 
     def write(self, offset: int, data: memoryview) -> None:
+        """Write a segment, and a line of the journal after it."""
+        start, crc = offset, segment_crc()[1](data, 0)
         while data:
             written = os.pwrite(self._fd, data, offset)
             data, offset = data[written:], offset + written
-
-    def finish_span(self, span: Span) -> None:
-        os.write(self._journal_fd, b"%d %d\n" % span)
-        self.done.add(span)
+        os.write(self._journal_fd, b"%d %d %x\n" % (start, offset, crc))
+        self.done.append(Segment(start, offset, crc))
 
     def write_whole(self, data: bytearray | memoryview) -> None:
         """Write a small file, which needs no journal."""
-        with open(self.path, "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        fd = open_owned(self.path, flags, 0o644, way_out=_WAY_OUT)
+        with open(fd, "wb") as file:
             file.write(data)
 
     def close(self) -> None:
@@ -80,15 +123,43 @@ class PartialFile:
 
     def remove_journal(self) -> None:
         if self.done:  # otherwise there is none
-            Path(self._journal).unlink(missing_ok=True)
+            Path(self.journal).unlink(missing_ok=True)
 
     def discard(self) -> None:
         self.close()
-        for path in (self.path, self._journal):
+        for path in (self.path, self.journal):
             Path(path).unlink(missing_ok=True)
         self.done.clear()
-        self.crcs.clear()
-        self.finishing = False
+
+    def resume(self) -> None:
+        """Take over what an earlier run has left and can be proved; else start anew."""
+        if not self.left_over:
+            return
+        # A link, a folder, another user's, a damaged one: whatever is wrong, it is not believed.
+        with contextlib.suppress(OSError, DownloadError):
+            with open(open_owned(self.journal, os.O_RDONLY, way_out=_WAY_OUT), "rb") as journal:
+                lines = _LINE.findall(journal.read())
+            with open(open_owned(self.path, os.O_RDWR, way_out=_WAY_OUT), "rb+") as file:
+                self.done = _proved(lines, file, self.file.size)
+                file.truncate(min(os.fstat(file.fileno()).st_size, self.file.size))
+        if not self.done:
+            make_way(self.path)
+            make_way(self.journal)
+
+
+def _proved(lines: list[tuple[bytes, ...]], file: BinaryIO, size: int) -> list[Segment]:
+    """Return the segments that are in the file as the journal says, in order, none twice."""
+    crc_of, proved, reached = segment_crc()[1], [], 0
+    segments = sorted({Segment(int(start), int(end), int(crc, 16)) for start, end, crc in lines})
+    for segment in segments:
+        start, end, crc = segment
+        if reached <= start < end <= min(size, start + RANGE_BYTES):
+            file.seek(start)
+            data = file.read(end - start)
+            if len(data) == end - start and crc_of(memoryview(data), 0) == crc:
+                proved.append(segment)
+                reached = end
+    return proved
 
 
 def plan(files: list[RemoteFile], folder: Path, state: Path) -> list[PartialFile]:
@@ -102,28 +173,23 @@ def plan(files: list[RemoteFile], folder: Path, state: Path) -> list[PartialFile
         stem = f"{prefix}-{_hash(f'{file.version} {file.size}')}"
         prefixes.add(prefix)
         stems.add(stem)
-        steps = range(0, file.size, RANGE_BYTES) or [0]
-        spans = [(start, min(start + RANGE_BYTES, file.size)) for start in steps]
-        done: set[Span] = set()
-        if f"{stem}.partial" in present and f"{stem}.journal" in present:
-            done = read_journal(state / f"{stem}.journal") & set(spans)
-        partials.append(PartialFile(file, f"{folder}/{file.path}", f"{state}/{stem}", spans, done))
+        partial = PartialFile(file, f"{folder}/{file.path}", f"{state}/{stem}")
+        names = {os.path.basename(path) for path in (partial.path, partial.journal)}
+        partial.left_over = not names.isdisjoint(present)
+        partials.append(partial)
     for name in present:
         stem, _, kind = name.partition(".")
         stale = stem.partition("-")[0] in prefixes and stem not in stems
         # The run was killed after it had published the file.
-        orphaned = kind == "journal" and f"{stem}.partial" not in present
+        orphaned = kind.endswith("journal") and f"{stem}.partial" not in present
         if stale or orphaned:
-            (state / name).unlink(missing_ok=True)
+            make_way(f"{state}/{name}")
+    left_over = [partial for partial in partials if partial.left_over]
+    if left_over:
+        with ThreadPoolExecutor(_CHECK_THREADS, "resume") as pool:
+            list(pool.map(PartialFile.resume, left_over))
     return partials
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def read_journal(journal: Path) -> set[Span]:
-    """Return the ranges that are written."""
-    # A line without a newline was cut off by a crash.
-    lines = re.findall(r"^(\d+) (\d+)\n", journal.read_text("ascii", "replace"), re.MULTILINE)
-    return {(int(start), int(end)) for start, end in lines}
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]

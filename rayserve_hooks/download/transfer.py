@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,9 +23,10 @@ from rayserve_hooks.download import checksums
 from rayserve_hooks.download.caller import Progress
 from rayserve_hooks.download.checksums import Heads, expected_checksum
 from rayserve_hooks.download.direct import DirectReader
-from rayserve_hooks.download.partials import PartialFile, Span, plan
+from rayserve_hooks.download.partials import PartialFile, Span, plan, segment_crc
+from rayserve_hooks.download.state import Content, unwritable
 from rayserve_hooks.download.stores import RemoteFile, failure
-from rayserve_hooks.errors import DownloadError, describe
+from rayserve_hooks.errors import DownloadError
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -57,14 +57,6 @@ class DamagedError(DownloadError):
     """A downloaded file does not have the size or checksum that the store has."""
 
 
-@dataclass(frozen=True)
-class Content:
-    """What is known of a file's content."""
-
-    checksum: str | None  # "<algorithm>:<value>"; None if no installed library computes a fast one
-    verified: str  # "checksum" if the store has the same one, "size" if it has none
-
-
 T = TypeVar("T")
 
 Publish = Callable[[RemoteFile, Content, str], None]
@@ -90,13 +82,14 @@ def fetch(
         DamagedError: A file failed its verification twice.
         DownloadError: The store refused, or the files cannot be written.
     """
-    partials = plan(files, folder, state)
-    todo = sum(end - start for partial in partials for start, end in partial.missing)
     total = sum(file.size for file in files)
+    partials = plan(files, folder, state)
+    todo = total - sum(partial.done_bytes for partial in partials)
     try:
+        # Before anything that grows with the sizes, which may be absurd.
+        _check_target(folder, partials, todo)
         for parent in {str(state), *(os.path.dirname(partial.target) for partial in partials)}:
             os.makedirs(parent, exist_ok=True)
-        _check_target(folder, partials, todo)
     except OSError as error:
         raise unwritable(error, folder) from error
     progress = Progress(heads.source.uri, total, total - todo, heads.source.caller)
@@ -110,14 +103,6 @@ def fetch(
             for partial in partials:
                 partial.close()
     return progress.done - progress.reused
-
-
-def unwritable(error: OSError, path: str | Path) -> DownloadError:
-    """Return the error for a path that cannot be written."""
-    return DownloadError(
-        f"cannot write {error.filename or str(path)!r}: {describe(error)}; check the permissions "
-        "and the free space there, or set HF_HOME to move the cache"
-    )
 
 
 def _check_target(folder: Path, partials: list[PartialFile], todo: int) -> None:
@@ -173,7 +158,9 @@ class _Transfer:
             if self._heads.wanted(partial.file):
                 partial.head = self._head_pool.submit(self._heads.of, partial.file)
             # None instead of a range: the run that fetched them all was killed before it published.
-            spans.extend((partial, span) for span in partial.missing or (None,))
+            missing = list(partial.missing())
+            partial.left = len(missing)
+            spans.extend((partial, span) for span in missing or (None,))
         with ThreadPoolExecutor(SMALL_STREAMS + STREAMS, "fetch") as pool:
             threads = range(min(SMALL_STREAMS, len(small)))
             workers = [pool.submit(self._each, small, self._fetch_small) for _ in threads]
@@ -223,30 +210,20 @@ class _Transfer:
         partial, span = job
         if span is not None:
             self._fetch_span(partial, span)
-        with self._lock:
-            last = len(partial.done) == len(partial.spans) and not partial.finishing
-            partial.finishing |= last
-        if last:
+            with self._lock:
+                partial.left -= 1
+                last = not partial.left
+        if span is None or last:
             self._finish(partial)
 
     def _fetch_span(self, partial: PartialFile, span: Span) -> None:
-        crc = checksums.new_hash("crc64nvme")
-
-        def write(offset: int, part: memoryview) -> None:
-            partial.write(offset, part)
-            if crc is not None:
-                crc.update(part)
-
         try:
             with self._lock:
                 partial.open()
             # Closed here, also where a failed download leaves it half read: its connection, too.
             with contextlib.closing(self.direct.read(partial.file, span)) as parts:
-                start = self._take(parts, partial.file, span, write)
-            self._receive(partial.file, (start, span[1]), write)
-            if crc is not None:
-                partial.crcs[span[0]] = crc.digest()
-            partial.finish_span(span)
+                start = self._take(parts, partial.file, span, partial.write)
+            self._receive(partial.file, (start, span[1]), partial.write)
         except OSError as error:
             raise unwritable(error, partial.path) from error
 
@@ -335,7 +312,7 @@ class _Transfer:
             expected = expected_checksum(file, self._heads.of(file))
             got = expected and digest(expected.partition(":")[0])
         if expected is None:
-            return Content(digest("crc64nvme"), "size")
+            return Content(digest(segment_crc()[0]), "size")
         if got != expected:
             raise DamagedError(
                 f"{file.path!r} of {self._source.uri} has the checksum {expected!r} in the store, "
@@ -353,13 +330,14 @@ def _drained(queue: deque[T]) -> Iterator[T]:
 
 
 def _digest(partial: PartialFile, data: Path | bytearray, algorithm: str) -> str | None:
-    """Return a file's checksum, combined from its ranges' if this run has fetched all of them."""
-    if algorithm == "crc64nvme" and len(partial.crcs) == len(partial.spans):
-        with contextlib.suppress(ImportError):
-            from awscrt.checksums import combine_crc64nvme
+    """Return a file's checksum, combined from its segments' where that is possible."""
+    if algorithm == segment_crc()[0] == "crc64nvme" and isinstance(data, Path):
+        from awscrt.checksums import combine_crc64nvme
 
-            crc = 0
-            for start, end in partial.spans:
-                crc = combine_crc64nvme(crc, int.from_bytes(partial.crcs[start]), end - start)
-            return checksums.checksum_text(algorithm, crc.to_bytes(8))
+        crc = reached = 0
+        for start, end, part in sorted(partial.done):
+            if start == reached:
+                crc, reached = combine_crc64nvme(crc, part, end - start), end
+        if reached == partial.file.size:
+            return checksums.checksum_text(algorithm, crc.to_bytes(8, "big"))
     return checksums.checksum_of(data, algorithm)
