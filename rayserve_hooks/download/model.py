@@ -91,7 +91,7 @@ def download_node(
 
 
 def _download_extra(uri: str, target: Path, caller: Caller) -> None:
-    with node_lock(target, f"extra files of {uri}", caller.logger):
+    with node_lock(target, f"extra files of {uri}", caller):
         source = open_source(uri, caller)
         files = source.list_files()
         name = f"extra-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
@@ -102,7 +102,7 @@ def _download_extra(uri: str, target: Path, caller: Caller) -> None:
 
 def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable, caller: Caller) -> Path:
     folder = _model_folder(model_id)
-    with node_lock(folder, f"{caller.label or model_id}, {mode.name} of {uri}", caller.logger):
+    with node_lock(folder, f"{caller.label or model_id}, {mode.name} of {uri}", caller):
         source = open_source(uri, caller)
         files = source.list_files()
         hash_object = files.pop(_REVISION_OBJECT, None)
@@ -139,7 +139,7 @@ def _download_from_hub(model_id: str, mode: NodeModelDownloadable, caller: Calle
         ) from error
     allowed, ignored = _ALLOWED.get(mode), _IGNORED.get(mode)
     purpose = f"{mode.name} of the Hugging Face Hub"
-    with node_lock(_model_folder(model_id), purpose, caller.logger):
+    with node_lock(_model_folder(model_id), purpose, caller):
         try:
             return snapshot_download(model_id, allow_patterns=allowed, ignore_patterns=ignored)
         except Exception as error:  # the hub raises its own and those of its HTTP client
