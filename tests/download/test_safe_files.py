@@ -167,6 +167,58 @@ def test_a_file_of_another_user_is_accepted_in_a_shared_folder_only(tmp_path: Pa
     assert used(open_owned(path, BOTH, way_out=WAY_OUT, shared=True)).st_uid == BOB
 
 
+@pytest.mark.parametrize(
+    ("folder", "file", "accepted"),
+    [
+        (0o777, 0o777, True),  # as on a mount that has one mode for all
+        (0o775, 0o664, True),
+        (0o775, 0o666, False),
+        (0o1777, 0o666, False),  # nobody else can replace a file in a sticky folder
+        (0o1777, 0o644, True),
+    ],
+)
+def test_those_may_write_a_file_who_can_replace_it(
+    tmp_path: Path, folder: int, file: int, accepted: bool
+) -> None:
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    path.touch()
+    path.chmod(file)
+    path.parent.chmod(folder)
+    fd = os.open(path.parent, os.O_PATH)
+    for name, dir_fd in ((str(path), None), ("file", fd)):
+        if accepted:
+            used(open_owned(name, BOTH, way_out=WAY_OUT, dir_fd=dir_fd))
+        else:
+            with pytest.raises(DownloadError, match=rf" can be written by others \(mode {file:#o}"):
+                open_owned(name, BOTH, way_out=WAY_OUT, dir_fd=dir_fd)
+    os.close(fd)
+
+
+@needs_root
+def test_a_group_that_may_not_write_the_folder_may_not_write_its_files(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    path.touch()
+    path.chmod(0o664)
+    path.parent.chmod(0o775)
+    used(open_owned(path, BOTH, way_out=WAY_OUT))
+    os.chown(path, -1, BOB)
+    with pytest.raises(DownloadError, match=r" can be written by others \(mode 0o664\); "):
+        open_owned(path, BOTH, way_out=WAY_OUT)
+
+
+@needs_root
+def test_a_file_of_the_folders_owner_is_accepted(tmp_path: Path) -> None:
+    # NFS that maps root to nobody: what root has made, and its folder, are another user's.
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    path.touch()
+    for made in (path, path.parent):
+        os.chown(made, BOB, BOB)
+    assert used(open_owned(path, BOTH, way_out=WAY_OUT)).st_uid == BOB
+
+
 @needs_root
 def test_a_file_of_root_is_accepted_everywhere(common: Path) -> None:
     path = common / "file"
