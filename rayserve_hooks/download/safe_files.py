@@ -43,8 +43,10 @@ def open_owned(
     """Return a descriptor of a regular file that is no link to a file elsewhere.
 
     A file that is made here needs no check. One that exists must have no second name (a hard
-    link), and, unless the folder is shared, belong to this user or root and be writable by nobody
-    else.
+    link), and, unless the folder is shared, belong to this user, root or the folder's owner, and
+    be writable only by those who can replace it: the folder's owner, and who may write the folder
+    if it is not sticky. So it passes on mounts where all has one owner (NFS that maps root to
+    nobody) or one mode (SMB), which are the folder's, too.
 
     Args:
         path: The file. Links in the folders above it are followed; hand in ``dir_fd`` for none.
@@ -63,7 +65,8 @@ def open_owned(
     fd, is_new = _opened(path, flags, mode, way_out, dir_fd)
     try:
         if not is_new:
-            problem = _problem(os.fstat(fd), shared=shared)
+            folder = os.stat(os.path.dirname(path) or ".", dir_fd=dir_fd)
+            problem = _problem(os.fstat(fd), None if shared else folder)
             if problem:
                 raise _refusal(path, dir_fd, problem, way_out)
             if flags & os.O_TRUNC:
@@ -164,17 +167,20 @@ def _open_folder(path: str | Path, flags: int, way_out: str) -> int:
         raise _refusal(path, None, problem, way_out) from error
 
 
-def _problem(status: os.stat_result, *, shared: bool = False) -> str:
-    """Return what is wrong with a file; nothing if it is as it should be."""
+def _problem(status: os.stat_result, folder: os.stat_result | None = None) -> str:
+    """Return what is wrong with a file, in its folder if that counts; nothing if all is well."""
     if not stat.S_ISREG(status.st_mode):
         return f"is {_kind(status)} of user {status.st_uid} and no file"
     if status.st_nlink > 1:
         return f"is a file of user {status.st_uid} with {status.st_nlink} names (hard links)"
-    if shared:
+    if folder is None:
         return ""
-    if status.st_uid not in (os.geteuid(), 0):
+    if status.st_uid not in (os.geteuid(), 0, folder.st_uid):
         return _not_ours(status)
-    if status.st_mode & 0o022:
+    replaceable = 0 if folder.st_mode & stat.S_ISVTX else folder.st_mode
+    if status.st_gid != folder.st_gid:
+        replaceable &= ~stat.S_IWGRP
+    if status.st_mode & 0o022 & ~replaceable:
         mode = stat.S_IMODE(status.st_mode)
         return f"of user {status.st_uid} can be written by others (mode {mode:#o})"
     return ""

@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import hub
 import pytest
@@ -380,8 +381,15 @@ def test_a_marker_that_cannot_be_read_counts_as_none(model_folder: Path, source:
 def test_the_lock_names_for_whom_the_model_is(
     label: str, shown: str, cache: Path, source: Path, tmp_path: Path
 ) -> None:
-    download_node(MODEL, Mirror(source.as_uri()), ALL, caller=Caller(label=label))
-    owner = json.loads(next((tmp_path / "locks").glob("*.json")).read_text())
+    owners = []
+
+    def progress_bar(*_: object) -> Mock:
+        owners.append(json.loads(next((tmp_path / "locks").glob("*.lock")).read_text()))
+        return Mock()
+
+    caller = Caller(label=label, progress_bar=progress_bar)
+    download_node(MODEL, Mirror(source.as_uri()), ALL, caller=caller)
+    (owner,) = owners
     assert owner["purpose"] == f"{shown}, MODEL_AND_TOKENIZER of {source.as_uri()}"
 
 

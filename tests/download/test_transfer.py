@@ -45,7 +45,6 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
         "boto3",
-        "filelock",
         "huggingface_hub.constants",
         "obstore.store",
         "rayserve_hooks.download.model",
