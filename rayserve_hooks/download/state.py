@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -219,6 +220,7 @@ def _by_path(items: Iterable[Any]) -> dict[str, Record]:
     return {record.path: record for record in records if record is not None}
 
 
+_CHECKSUM = re.compile(r"(md5|sha1|sha256|crc32|crc32c|crc64nvme):\S+")
 _TYPES = {"path": str, "size": int, "version": str, "mtime_ns": int, "verified": str}
 
 
@@ -228,7 +230,8 @@ def _record_from(item: Any) -> Record | None:
     fields: dict[str, Any] = {name: item.get(name) for name in _TYPES}
     checksum = item.get("checksum")
     right = all(type(fields[name]) is kind for name, kind in _TYPES.items())
-    if not right or not isinstance(checksum, str | None) or not _is_below(fields["path"]):
+    right = right and (checksum is None or bool(_CHECKSUM.fullmatch(str(checksum))))
+    if not right or not _is_below(fields["path"]):
         return None
     return Record(**fields, checksum=checksum)
 

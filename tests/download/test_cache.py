@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
-import json
 import logging
 import multiprocessing
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import s3
 
 from rayserve_hooks.context import NodeModelDownloadable
-from rayserve_hooks.download import cache, node_lock, partials, transfer
-from rayserve_hooks.download.model import Mirror, download_node, model_folder
+from rayserve_hooks.download import cache
+from rayserve_hooks.download.model import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
 
 ALL = NodeModelDownloadable.MODEL_AND_TOKENIZER
@@ -161,7 +154,7 @@ class TestReplacedInPlace:
         if first != second:
             assert held(first) == FIRST
             # What has not changed is no second copy.
-            assert os.path.samefile(first / "config.json", second / "config.json")
+            assert (first / "config.json").samefile(second / "config.json")
         assert fetched(log) == [8, 3]
         put(store, FIRST, revision)
         assert held(get(store)) == FIRST
@@ -170,11 +163,11 @@ class TestReplacedInPlace:
         self, store: Path, tmp_path: Path, model: Path, log: pytest.LogCaptureFixture
     ) -> None:
         first = get(store)
-        os.rename(store, tmp_path / "kept")
+        store.rename(tmp_path / "kept")
         put(store, SECOND)
         get(store)
         shutil.rmtree(store)
-        os.rename(tmp_path / "kept", store)
+        (tmp_path / "kept").rename(store)
         again = get(store)
         assert held(again) == FIRST
         assert main(model) == again.name
@@ -193,8 +186,8 @@ class TestReplacedInPlace:
         second = get(store)
         for folder in (first, second):
             assert (folder / "mine" / "deep" / "notes.txt").read_text() == "my notes"
-            assert os.readlink(folder / "dangling") == "nowhere"
-            assert os.readlink(folder / "folder") == str(tmp_path)
+            assert (folder / "dangling").readlink() == Path("nowhere")
+            assert (folder / "folder").readlink() == tmp_path
             assert (folder / "pipe").is_fifo()
         assert not list(second.glob("model-*"))
 
@@ -319,7 +312,7 @@ def test_without_hard_links_files_are_copied(
     put(store, SECOND)
     second = get(store)
     assert held(second) == {**SECOND, "mine.txt": "mine"}
-    assert not os.path.samefile(first / "config.json", second / "config.json")
+    assert not (first / "config.json").samefile(second / "config.json")
     assert fetched(log) == [8, 3]
 
 
@@ -431,12 +424,12 @@ class TestOldSnapshots:
 
     def test_no_descriptor_is_left(self, store: Path) -> None:
         get(store)
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         for files in (SECOND, THIRD, FIRST, SECOND):
             put(store, files)
             get(store)
             get(store, TOKENIZER)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_what_killed_runs_have_left_goes_with_the_next_update(store: Path, state: Path) -> None:
@@ -511,7 +504,7 @@ def kill_at_each_step(
     """Kill a download at each step, check what is there, and end it; return the steps."""
     end_uses()
     prepared = model.with_name("prepared")
-    os.rename(model, prepared)
+    model.rename(prepared)
     variables = variables_of()
     for step in range(0, 1000, 1 if exchange else 3):
         shutil.rmtree(model, ignore_errors=True)
@@ -584,7 +577,7 @@ class TestKilled:
         narrow = held(get(store, TOKENIZER))
         end_uses()
         prepared = model.with_name("prepared")
-        os.rename(model, prepared)
+        model.rename(prepared)
         variables = variables_of()
         step = 0
         while True:

@@ -211,7 +211,7 @@ def test_a_link_that_is_planted_later_is_an_error_in_words(tmp_path: Path) -> No
     (partial,) = planned(tmp_path, remote())
     Path(partial.path).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DownloadError, match="a symbolic link"):
-        partial.write_whole(b"x")
+        partial.write_whole(bytearray(b"x"))
     with pytest.raises(FileExistsError):
         partial.open()
     assert not (tmp_path / "elsewhere").exists()
