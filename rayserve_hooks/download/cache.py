@@ -10,9 +10,11 @@ mixture, and a replica that runs on an older snapshot keeps what it has::
       snapshots/<revision>/         only complete ones
       .rayserve_hooks/
         revisions/<revision>.json   what is known of that snapshot's files
+        revisions/<revision>.used   locked by the processes that were given that snapshot
         stage/, stage.jsonl         the next snapshot, and what is known of its files
         partial/                    files being fetched
         lock                        for those who share the cache
+        replaced-*, removed-*       for a moment, and after a run that was killed
 """
 
 from __future__ import annotations
@@ -27,12 +29,23 @@ import re
 import secrets
 import shutil
 import socket
+import stat
+import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from rayserve_hooks.download.checksums import Heads, checksum_of, expected_checksum
-from rayserve_hooks.download.node_lock import folder_lock, shared_lock_reaches_other_nodes
+from rayserve_hooks.download.node_lock import (
+    LOCK_DIR_VARIABLE,
+    folder_lock,
+    shared_lock_reaches_other_nodes,
+)
+from rayserve_hooks.download.partials import remove_stale
+from rayserve_hooks.download.safe_files import open_owned
 from rayserve_hooks.download.state import (
     Content,
     Log,
@@ -42,6 +55,7 @@ from rayserve_hooks.download.state import (
     make_folder,
     record_of,
     remove_tree,
+    text_of,
     unwritable,
     write_if_changed,
 )
@@ -53,6 +67,23 @@ _CHECK_THREADS = 8
 _REVISION = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)
 _REVISION_BYTES = 1024
 _RENAME_EXCHANGE = 2  # linux/fs.h
+_TRIES = 10
+_TRY_S = 0.02
+# After this time without a change, what another node has left belongs to nobody.
+_STALE_S = 7 * 24 * 3600
+
+Place = tuple[Path, dict[str, Record]]
+"""A folder, and what is known of its files."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a snapshot shall have."""
+
+    revision: str
+    listing: dict[str, RemoteFile]  # all objects of the store
+    wanted: list[RemoteFile]
+    revision_version: str | None
 
 
 class ModelCache:
@@ -66,15 +97,19 @@ class ModelCache:
     def __init__(self, folder: Path, source: Source) -> None:
         self.folder, self._source = folder, source
         self._key, self._heads = key_of(source), Heads(source)
-        self._state = folder / STATE_FOLDER
+        self._state_folder = folder / STATE_FOLDER
         self._read_manifests()
 
     def _read_manifests(self) -> None:
-        found = map(Manifest.read, sorted(self._state.glob("revisions/*.json")))
+        paths = sorted(self._state_folder.glob("revisions/*.json"))
+        found = (Manifest.read(path) for path in paths if _REVISION.fullmatch(path.stem))
         self._manifests = {manifest.path.stem: manifest for manifest in found}
 
     def _snapshot(self, revision: str) -> Path:
         return self.folder / "snapshots" / revision
+
+    def _users(self, revision: str) -> Path:
+        return self._state_folder / "revisions" / f"{revision}.used"
 
     def revision(self, listing: dict[str, RemoteFile], hash_object: RemoteFile | None) -> str:
         """Return the name of a listing's snapshot, the same on every node.
@@ -90,16 +125,16 @@ class ModelCache:
             lines = [f"{file.path!r} {file.size} {file.version}" for file in listing.values()]
             text = "\n".join([self._key, *sorted(lines)])
             return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:40]
-        for manifest in self._manifests.values():
+        for name, manifest in self._manifests.items():
             if (manifest.source, manifest.revision_version) == (self._key, hash_object.version):
-                return manifest.revision
-        held = self._source.read(hash_object.path)
-        revision = held.decode("ascii", "replace").strip()
+                return name
+        shown = f"the object 'hash' of {self._source.shown_uri}"
+        advice = "which cannot name a folder; store the revision there, or delete it"
+        if hash_object.size > _REVISION_BYTES:
+            raise DownloadError(f"{shown} holds {hash_object.size:,} bytes, {advice}")
+        revision = self._source.read(hash_object.path).decode("ascii", "replace").strip()
         if not _REVISION.fullmatch(revision):
-            raise DownloadError(
-                f"the object 'hash' of {self._source.shown_uri} holds {revision!r}, which cannot "
-                "name a folder; store the revision there, or delete it"
-            )
+            raise DownloadError(f"{shown} holds {revision!r}, {advice}")
         return revision
 
     def complete(
@@ -122,35 +157,61 @@ class ModelCache:
         Raises:
             DownloadError: A file cannot be fetched, or the cache cannot be written.
         """
+        version = hash_object.version if hash_object else None
+        asked = _Asked(revision, listing, wanted, version)
         snapshot, before = self._snapshot(revision), self._main()
-        this = (revision, listing, wanted)
-        try:
-            found, missing = self._look(*this)
-            if missing or self._outdated(*this):
-                make_folder(self._state)
-                purpose = f"files of {self._source.shown_uri}"
-                with folder_lock(self._state / "lock", purpose, self._source.caller) as locked:
-                    # Another node may have been here while we waited.
-                    self._read_manifests()
-                    found, missing = self._look(*this)
-                    if missing or self._outdated(*this):
-                        self._build(*this, found, _Stage(self._state, self._key, locked))
-                    else:
-                        self._log_start(wanted, [], snapshot)
-                    self._record(*this, found, hash_object)
-                    _Stage(self._state, self._key, locked).remove()
-            else:
-                self._log_start(wanted, [], snapshot)
-                with contextlib.suppress(OSError, DownloadError):  # of a mount that is read-only
-                    self._record(*this, found, hash_object)
-            # Last: the engine reads the snapshot that refs/main names.
-            self._switch(revision)
-            _hold(self.folder, snapshot)
-            if before not in (None, revision):
-                self._remove_old({before, revision})
-        except OSError as error:
-            raise unwritable(error, snapshot) from error
+        with _Use(self._users(revision)) as use:
+            try:
+                # Before the look: what is in use is not removed by another node in between.
+                use.share()
+                found, missing = self._look(asked)
+                if missing or self._outdated(asked):
+                    self._update(asked, use)
+                else:
+                    self._log_start(wanted, [], snapshot)
+                    with contextlib.suppress(OSError, DownloadError):  # a read-only mount
+                        self._write_manifest(asked, {**self._kept(asked), **found})
+                # Last: the engine reads the snapshot that refs/main names.
+                self._switch(revision)
+                use.keep(self.folder)
+                if before not in (None, revision):
+                    self._remove_old({before, revision})
+            except OSError as error:
+                raise unwritable(error, snapshot) from error
         return snapshot
+
+    def _update(self, asked: _Asked, use: _Use) -> None:
+        make_folder(self._state_folder)
+        make_folder(self._users(asked.revision).parent)
+        use.share()  # the first time there was no file yet
+        lock, purpose = self._state_folder / "lock", f"files of {self._source.shown_uri}"
+        with folder_lock(lock, purpose, self._source.caller) as locked:
+            # Another node may have been here while we waited.
+            self._restore()
+            self._read_manifests()
+            found, missing = self._look(asked)
+            stage = _Stage(self._state_folder, self._key, locked)
+            with contextlib.closing(stage):
+                if missing or self._outdated(asked):
+                    self._build(asked, found, stage)
+                else:
+                    self._log_start(asked.wanted, [], self._snapshot(asked.revision))
+                    self._write_manifest(asked, {**self._kept(asked), **found})
+            stage.remove(asked.listing.values())
+
+    def _restore(self) -> None:
+        """Undo and remove what runs have left that were killed."""
+        for path in self._state_folder.glob("replaced-*"):
+            snapshot = self._snapshot(path.name.removeprefix("replaced-"))
+            with contextlib.suppress(OSError):
+                if not os.path.lexists(snapshot):
+                    os.rename(path, snapshot)
+            remove_tree(path)
+        for pattern in ("removed-*", "stage-*", "partial-*", "written-*"):
+            for path in self._state_folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    if pattern == "removed-*" or time.time() - path.lstat().st_mtime > _STALE_S:
+                        remove_tree(path)
 
     def _log_start(
         self, wanted: list[RemoteFile], missing: list[RemoteFile], snapshot: Path
@@ -159,15 +220,12 @@ class ModelCache:
         self._source.caller.logger.info(text, uri, len(wanted), len(missing), snapshot)
 
     def _main(self) -> str | None:
-        try:
-            return (self.folder / "refs" / "main").read_bytes().decode(errors="replace").strip()
-        except OSError:
-            return None
+        return text_of(self.folder / "refs" / "main").strip() or None
 
     def _switch(self, revision: str) -> None:
         main = self.folder / "refs" / "main"
         try:
-            write_if_changed(main, revision)
+            write_if_changed(main, revision, self._state_folder)
         except OSError as error:
             # The engine gets the snapshot's path; refs/main is for those who look by name.
             if error.errno not in (errno.EROFS, errno.EACCES):
@@ -180,92 +238,73 @@ class ModelCache:
         manifest = self._manifests.get(revision)
         return manifest.files if manifest and manifest.source == self._key else {}
 
-    def _kept(
-        self, revision: str, listing: dict[str, RemoteFile], wanted: list[RemoteFile]
-    ) -> dict[str, Record]:
+    def _ours(self, revision: str) -> dict[str, Record]:
+        """Return the records of a snapshot's files, of whatever store."""
+        manifest = self._manifests.get(revision)
+        return manifest.files if manifest else {}
+
+    def _kept(self, asked: _Asked) -> dict[str, Record]:
         """Return the records of what a wider mode has fetched before and the store still has."""
-        names = {file.path for file in wanted}
+        names = {file.path for file in asked.wanted}
         return {
             path: record
-            for path, record in self._known(revision).items()
-            if path not in names and path in listing and record.is_of(listing[path])
+            for path, record in self._known(asked.revision).items()
+            if path not in names and path in asked.listing and record.is_of(asked.listing[path])
         }
 
-    def _outdated(
-        self, revision: str, listing: dict[str, RemoteFile], wanted: list[RemoteFile]
-    ) -> bool:
+    def _outdated(self, asked: _Asked) -> bool:
         """Return whether the snapshot has files of ours that the store no longer has like this."""
-        manifest = self._manifests.get(revision)
-        gone = set(manifest.files) if manifest else set()
-        gone -= {file.path for file in wanted} | set(self._kept(revision, listing, wanted))
-        return any(os.path.lexists(f"{self._snapshot(revision)}/{path}") for path in gone)
+        gone = set(self._ours(asked.revision))
+        gone -= {file.path for file in asked.wanted} | set(self._kept(asked))
+        return any(os.path.lexists(f"{self._snapshot(asked.revision)}/{path}") for path in gone)
 
-    def _look(
-        self, revision: str, listing: dict[str, RemoteFile], wanted: list[RemoteFile]
-    ) -> tuple[dict[str, Record], list[RemoteFile]]:
-        snapshot = self._snapshot(revision)
+    def _look(self, asked: _Asked) -> tuple[dict[str, Record], list[RemoteFile]]:
+        snapshot = self._snapshot(asked.revision)
         if not snapshot.is_dir():
-            return {}, wanted
-        # A stage's log, too: a run may have been killed after its rename, before the manifest.
-        logs = [Log(path, self._key) for path in self._state.glob("stage*.jsonl")]
-        known = [self._known(revision), *(log.files for log in logs)]
-        return look(self._heads, wanted, snapshot, known)
+            return {}, asked.wanted
+        return look(self._heads, asked.wanted, snapshot, [self._known(asked.revision)])
 
-    def _record(
-        self,
-        revision: str,
-        listing: dict[str, RemoteFile],
-        wanted: list[RemoteFile],
-        found: dict[str, Record],
-        hash_object: RemoteFile | None,
-    ) -> None:
-        files = {**self._kept(revision, listing, wanted), **found}
-        version = hash_object.version if hash_object else None
-        path = self._state / "revisions" / f"{revision}.json"
-        manifest = Manifest(path, self._key, revision, version, files)
-        if manifest != self._manifests.get(revision):
-            make_folder(self._state)
+    def _write_manifest(self, asked: _Asked, files: dict[str, Record]) -> None:
+        path = self._state_folder / "revisions" / f"{asked.revision}.json"
+        manifest = Manifest(path, self._key, asked.revision, asked.revision_version, files)
+        if manifest != self._manifests.get(asked.revision):
+            make_folder(self._state_folder)
             make_folder(path.parent)
-            manifest.write(self._source.shown_uri)
-            self._manifests[revision] = manifest
+            manifest.write(self._source.shown_uri, self._state_folder)
+            self._manifests[asked.revision] = manifest
 
-    def _build(
-        self,
-        revision: str,
-        listing: dict[str, RemoteFile],
-        wanted: list[RemoteFile],
-        found: dict[str, Record],
-        stage: _Stage,
-    ) -> None:
-        """Put the snapshot together in the stage and publish it; add to the records found."""
-        started, snapshot = time.monotonic(), self._snapshot(revision)
-        kept = self._kept(revision, listing, wanted)
-        foreign = self._foreign(revision, listing)
-        places = [(snapshot, {**kept, **found})]
+    def _build(self, asked: _Asked, found: dict[str, Record], stage: _Stage) -> None:
+        """Put the snapshot together in the stage and publish it."""
+        started, snapshot = time.monotonic(), self._snapshot(asked.revision)
+        foreign = self._foreign(asked)
+        places: list[Place] = [(snapshot, {**self._kept(asked), **found})]
         places += [(self._snapshot(name), self._known(name)) for name in self._manifests]
-        with contextlib.closing(stage):
-            stage.open()
-            also, _ = stage.collect([listing[path] for path in kept], places)
-            have, missing = stage.collect(wanted, places)
-            self._log_start(wanted, missing, snapshot)
-            fetched = 0
+        stage.open({*(file.path for file in asked.wanted), *self._kept(asked)})
+        have, missing = stage.collect(asked.wanted, places)
+        self._log_start(asked.wanted, missing, snapshot)
+        fetched = 0
 
-            def publish(file: RemoteFile, content: Content, partial: str) -> None:
-                have[file.path] = record_of(file, content, partial)
-                stage.log.add(have[file.path])
-                os.replace(partial, f"{stage.folder}/{file.path}")
+        def publish(file: RemoteFile, content: Content, partial: str) -> None:
+            have[file.path] = record_of(file, content, partial)
+            stage.log.add(have[file.path])
+            os.replace(partial, f"{stage.folder}/{file.path}")
 
-            if missing:
-                fetched = fetch(self._heads, missing, stage.folder, stage.partial, publish)
-            stage.keep_only({*have, *also})
-            for path, origin in foreign.items():
-                _link(origin, f"{stage.folder}/{path}")
-            _publish(stage.folder, snapshot)
-        found.update(have)
-        self._manifests.setdefault(revision, Manifest(Path())).files = {**also, **have}
-        self._manifests[revision].source = self._key
         if missing:
-            self._log_end(wanted, missing, fetched, time.monotonic() - started)
+            fetched = fetch(self._heads, missing, stage.folder, stage.partial, publish)
+        if not stage.locked:  # another node may have published a wider mode in the meantime
+            self._read_manifests()
+        kept = [asked.listing[path] for path in self._kept(asked)]
+        also, _ = stage.collect(kept, [(snapshot, self._known(asked.revision))])
+        have.update(also)
+        stage.keep_only(set(have))
+        for path, origin in foreign.items():
+            _link(origin, f"{stage.folder}/{path}", follow=False)
+        # Before: what is ours is never taken for another's. Whatever is listed is looked at.
+        self._write_manifest(asked, {**self._ours(asked.revision), **have})
+        _publish(stage.folder, snapshot)
+        self._write_manifest(asked, have)
+        if missing:
+            self._log_end(asked.wanted, missing, fetched, time.monotonic() - started)
 
     def _log_end(
         self, wanted: list[RemoteFile], missing: list[RemoteFile], fetched: int, seconds: float
@@ -276,7 +315,7 @@ class ModelCache:
         values = (uri, len(missing), fetched_gb, seconds, rate, present_gb)
         self._source.caller.logger.info(text, *values)
 
-    def _foreign(self, revision: str, listing: dict[str, RemoteFile]) -> dict[str, str]:
+    def _foreign(self, asked: _Asked) -> dict[str, str]:
         """Return the files that somebody else has put into the snapshot that is replaced.
 
         By their path in the snapshot, with where they are.
@@ -284,48 +323,49 @@ class ModelCache:
         Raises:
             DownloadError: One is where a folder of the store belongs, or the other way round.
         """
-        base = revision
+        base = asked.revision
         if not self._snapshot(base).is_dir():
             base = self._main() or ""
-            if not self._known(base):  # not ours, or its records are lost: nothing can be told
+            if not self._ours(base):  # its records are lost: nothing can be told
                 return {}
-        top = str(self._snapshot(base))
-        manifest = self._manifests.get(base)
-        ours = {*listing, *(manifest.files if manifest else ())}
-        if base == revision:
-            for log in self._state.glob("stage*.jsonl"):
-                ours.update(Log(log, self._key).files)
-        found: dict[str, str] = {}
-        for folder, _, names in os.walk(top):
-            for name in names:
-                origin = os.path.join(folder, name)
-                path = os.path.relpath(origin, top)
-                if path not in ours:
-                    found[path] = origin
+        found = _files_below(self._snapshot(base), {*asked.listing, *self._ours(base)})
+        folders = {above for path in asked.listing for above in _folders_above(path)}
         for path in found:
-            above = {str(parent) for parent in Path(path).parents}
-            clash = next((file for file in listing if file in above), None)
-            if clash is not None or any(file.startswith(f"{path}/") for file in listing):
-                kind = "folder" if clash is not None else "file"
+            file = next((above for above in _folders_above(path) if above in asked.listing), None)
+            if file is not None or path in folders:
+                kind = "file" if file is None else "folder"
+                shown = str(self._snapshot(base) / (file or path))
                 raise DownloadError(
-                    f"cannot write {f'{top}/{clash or path}'!r}: a {kind} of that name is in the "
-                    "way; move it away"
+                    f"cannot write {shown!r}: a {kind} of that name is in the way; move it away"
                 )
         return found
 
     def _remove_old(self, keep: set[str | None]) -> None:
-        """Remove older snapshots that no process of this node was given, less what is foreign."""
+        """Remove older snapshots that no process was given, less what is not ours."""
+        if not shared_lock_reaches_other_nodes(self._state_folder):
+            return  # who is using one cannot be seen
         for name in self._manifests.keys() - keep:
-            snapshot, manifest = self._snapshot(name), self._manifests[name]
-            if _is_held(snapshot):
-                continue
-            with contextlib.suppress(OSError):  # another time
-                manifest.path.unlink(missing_ok=True)
-                for path in manifest.files:
-                    Path(snapshot, path).unlink(missing_ok=True)
-                for folder, _, _ in os.walk(snapshot, topdown=False):
-                    with contextlib.suppress(OSError):  # it is not empty
-                        os.rmdir(folder)
+            if not self._manifests[name].source:
+                continue  # its records are lost
+            with contextlib.suppress(OSError), _Use(self._users(name)) as use:
+                if use.alone():
+                    self._remove(name)
+
+    def _remove(self, revision: str) -> None:
+        snapshot, manifest = self._snapshot(revision), self._manifests[revision]
+        removed = self._state_folder / f"removed-{secrets.token_hex(4)}"
+        foreign = _files_below(snapshot, manifest.files)
+        if foreign:
+            make_folder(removed)
+            for path, origin in foreign.items():
+                _link(origin, f"{removed}/{path}", follow=False)
+            _publish(removed, snapshot)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(snapshot, removed)
+        manifest.path.unlink(missing_ok=True)
+        self._users(revision).unlink(missing_ok=True)
+        remove_tree(removed)
 
 
 class _Stage:
@@ -336,24 +376,29 @@ class _Stage:
 
     def __init__(self, state: Path, key: str, locked: bool) -> None:
         suffix = stage_suffix(state, locked)
+        self.locked = not suffix
         self.folder, self.partial = state / f"stage{suffix}", state / f"partial{suffix}"
         self.log = Log(state / f"stage{suffix}.jsonl", key)
 
-    def open(self) -> None:
+    def open(self, paths: set[str]) -> None:
+        """Make the folders; of what an earlier run has left keep what is in some paths."""
         make_folder(self.folder)
         make_folder(self.partial)
+        self.keep_only(paths)
 
     def close(self) -> None:
         self.log.close()
 
-    def remove(self) -> None:
-        """Remove what is left when the snapshot is published."""
+    def remove(self, files: Iterable[RemoteFile]) -> None:
+        """Remove what is left when the snapshot is published, but for ranges of some files."""
         self.log.remove()
-        with contextlib.suppress(OSError):  # ranges of something else that was interrupted
+        remove_tree(self.folder)
+        remove_stale(files, self.partial)
+        with contextlib.suppress(OSError):  # a wider mode was interrupted
             self.partial.rmdir()
 
     def collect(
-        self, files: list[RemoteFile], places: list[tuple[Path, dict[str, Record]]]
+        self, files: list[RemoteFile], places: list[Place]
     ) -> tuple[dict[str, Record], list[RemoteFile]]:
         """Return the records of the files that are here or could be linked, and the others."""
         have, missing = {}, []
@@ -366,9 +411,7 @@ class _Stage:
                     have[file.path] = record
         return have, missing
 
-    def _collected(
-        self, file: RemoteFile, places: list[tuple[Path, dict[str, Record]]]
-    ) -> Record | None:
+    def _collected(self, file: RemoteFile, places: list[Place]) -> Record | None:
         target = f"{self.folder}/{file.path}"
         record = self.log.files.get(file.path)
         # Read: the run that put it here was interrupted, perhaps by a power cut.
@@ -385,17 +428,17 @@ class _Stage:
         return None
 
     def keep_only(self, paths: set[str]) -> None:
-        """Remove what earlier runs have left of other listings."""
+        """Remove all else, and what is no file: a link could lead out of here."""
         top = str(self.folder)
         for folder, folders, names in os.walk(top, topdown=False):
             for name in names + folders:
                 path = os.path.join(folder, name)
-                if os.path.islink(path) or not os.path.isdir(path):
-                    if os.path.relpath(path, top) not in paths:
-                        os.unlink(path)
-                else:
+                mode = os.lstat(path).st_mode
+                if stat.S_ISDIR(mode):
                     with contextlib.suppress(OSError):  # it is not empty
                         os.rmdir(path)
+                elif not stat.S_ISREG(mode) or os.path.relpath(path, top) not in paths:
+                    os.unlink(path)
 
 
 def stage_suffix(state: Path, locked: bool) -> str:
@@ -448,42 +491,67 @@ def look(
     return found, [file for file in files if file.path not in found]
 
 
-def _link(origin: str, target: str) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links."""
+def _files_below(top: Path, but: Iterable[str]) -> dict[str, str]:
+    """Return files and links, by their path below a folder, with where they are."""
+    found, but = {}, set(but)
+    for folder, folders, names in os.walk(top):
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in names + links:
+            origin = os.path.join(folder, name)
+            path = os.path.relpath(origin, top)
+            if path not in but:
+                found[path] = origin
+    return found
+
+
+def _folders_above(path: str) -> Iterator[str]:
+    while path := os.path.dirname(path):
+        yield path
+
+
+def _link(origin: str, target: str, *, follow: bool = True) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links.
+
+    Args:
+        origin: The file.
+        target: The new name; what is there is removed.
+        follow: Where the file is a link to one, take that one, as of the Hugging Face library.
+    """
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    if os.path.lexists(target):
-        if os.path.isdir(target) and not os.path.islink(target):
-            remove_tree(Path(target))
-        else:
-            os.unlink(target)
-    origin = os.path.realpath(origin)
+    if os.path.isdir(target) and not os.path.islink(target):
+        remove_tree(target)
+    elif os.path.lexists(target):
+        os.unlink(target)
+    if follow:
+        origin = os.path.realpath(origin)
     try:
-        os.link(origin, target)
+        os.link(origin, target, follow_symlinks=False)
     except FileNotFoundError:
         raise
     except OSError:
-        shutil.copy2(origin, target)
+        shutil.copy2(origin, target, follow_symlinks=follow)
 
 
 def _publish(stage: Path, snapshot: Path) -> None:
     """Make the stage the snapshot, in one step; what was the snapshot before is removed."""
     snapshot.parent.mkdir(parents=True, exist_ok=True)
-    if not os.path.lexists(snapshot):
+    replaced = stage.with_name(f"replaced-{snapshot.name}")
+    for left in reversed(range(_TRIES)):
         try:
             os.rename(stage, snapshot)
+            break
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            there = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+            if error.errno not in there or not left:
                 raise
-        else:
-            return
-    old = stage.with_name(f"replaced-{secrets.token_hex(4)}")
-    if not _exchange(stage, snapshot):
-        # NFS cannot exchange: for a moment there is no snapshot, but never half a one.
-        os.rename(snapshot, old)
-        os.rename(stage, snapshot)
-    else:
-        os.rename(stage, old)
-    remove_tree(old)
+        if _exchange(stage, snapshot):
+            break
+        # NFS cannot exchange: for a moment there is no snapshot, but never half a one. Where there
+        # are no locks either, another node may do the same.
+        with contextlib.suppress(OSError):
+            os.rename(snapshot, replaced)
+    remove_tree(replaced)
+    remove_tree(stage)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -496,38 +564,77 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _node_name() -> str:
-    """Return what tells this node from others that share a cache."""
+    """Return what tells processes that share a cache, but no lock of a node, from each other."""
+    folder = os.environ.get(LOCK_DIR_VARIABLE) or tempfile.gettempdir()
+    parts: list[object] = [socket.gethostname(), os.geteuid()]
     with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return hashlib.sha256(f"{socket.gethostname()} {boot}".encode()).hexdigest()[:8]
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+        parts.append(os.stat(folder).st_ino)
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
-_held: dict[Path, int] = {}
-"""By a model's folder, the snapshot that this process was given last: a locked descriptor."""
+class _Use:
+    """The use of a snapshot: a locked file, so that nobody removes the snapshot.
+
+    The kernel ends it with the process that has it, and its forks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._fd = path, -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def share(self) -> None:
+        """Begin the use, as far as the file system can."""
+        for _ in range(_TRIES):
+            if self._fd >= 0 or not self._lock(fcntl.LOCK_SH):
+                return
+            time.sleep(_TRY_S)  # while another node removes the snapshot
+
+    def alone(self) -> bool:
+        """Return whether nobody uses the snapshot; not if the file system cannot tell."""
+        self._lock(fcntl.LOCK_EX)
+        return self._fd >= 0
+
+    def keep(self, folder: Path) -> None:
+        """Go on as long as the process lives, or is given another snapshot of the model."""
+        if self._fd >= 0:
+            previous = _used.pop(folder, None)
+            _used[folder], self._fd = self._fd, -1
+            if previous is not None:
+                os.close(previous)
+
+    def _lock(self, kind: int) -> bool:
+        """Lock the file; return whether it is worth another try."""
+        fd = -1
+        try:
+            fd = self._open()
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.lstat(self._path)):
+                self._fd, fd = fd, -1
+            return self._fd < 0
+        except (BlockingIOError, FileNotFoundError) as error:
+            return fd >= 0 or isinstance(error, BlockingIOError)
+        except (OSError, DownloadError):  # no locks there, or something else is in its place
+            return False
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    def _open(self) -> int:
+        try:
+            flags = os.O_RDWR | os.O_CREAT
+            return open_owned(self._path, flags, 0o644, way_out="set HF_HOME", shared=True)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            return open_owned(self._path, os.O_RDONLY, way_out="set HF_HOME", shared=True)
 
 
-def _hold(folder: Path, snapshot: Path) -> None:
-    """Keep a snapshot from being removed as long as this process, or a fork of it, lives."""
-    with contextlib.suppress(OSError):
-        fd = os.open(snapshot, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        previous = _held.pop(folder, None)
-        _held[folder] = fd
-        if previous is not None:
-            os.close(previous)
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-
-def _is_held(snapshot: Path) -> bool:
-    """Return whether a process holds a snapshot; also where the file system cannot tell."""
-    try:
-        fd = os.open(snapshot, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+_used: dict[Path, int] = {}
+"""By a model's folder: the locked file of the snapshot that this process was given last."""

@@ -78,7 +78,7 @@ def _complete(source: Source, target: Path) -> None:
         after = Manifest(before.path, key, files=found)
         if after != before:
             make_folder(state)
-            after.write(source.shown_uri)
+            after.write(source.shown_uri, state)
         log.remove()
 
 

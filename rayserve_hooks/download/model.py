@@ -7,6 +7,7 @@ files, and writes ``refs/main`` before the files (Ray 2.60, ``CloudModelDownload
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import os
@@ -75,7 +76,7 @@ def download_node(
         return None
     if mirror is not None and mirror.bucket_uri is not None:
         return str(_download_model(model_id, mirror.bucket_uri, mode, caller))
-    if from_hub and not Path(model_id).expanduser().exists():
+    if from_hub and not _is_path(model_id):
         return _download_from_hub(model_id, mode, caller)
     return None
 
@@ -126,6 +127,12 @@ def _hub_cache() -> Path:
         if folder := os.environ.get(variable):
             return Path(os.path.expandvars(folder)).expanduser() / below
     return Path(constants.HF_HUB_CACHE)
+
+
+def _is_path(model_id: str) -> bool:
+    with contextlib.suppress(OSError, RuntimeError):  # too long; of a user who is not there
+        return Path(model_id).expanduser().exists()
+    return False
 
 
 def _download_from_hub(model_id: str, mode: NodeModelDownloadable, caller: Caller) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from rayserve_hooks.errors import DownloadError
 
 RANGE_BYTES = 16 * 2**20
 _LINE = re.compile(rb"^(\d{1,19}) (\d{1,19}) ([0-9a-f]{1,16})$", re.MULTILINE)
+_STEM = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 _CHECK_THREADS = 8
 _WAY_OUT = "set HF_HOME to move the cache"
 
@@ -168,10 +169,8 @@ def plan(files: list[RemoteFile], folder: Path, state: Path) -> list[PartialFile
     partials = []
     prefixes, stems = set(), set()
     for file in sorted(files, key=lambda file: file.size):
-        # Hashes: paths may be longer, or deeper, than a file name can be.
-        prefix = _hash(file.path)
-        stem = f"{prefix}-{_hash(f'{file.version} {file.size}')}"
-        prefixes.add(prefix)
+        stem = _stem(file)
+        prefixes.add(stem.partition("-")[0])
         stems.add(stem)
         partial = PartialFile(file, f"{folder}/{file.path}", f"{state}/{stem}")
         names = {os.path.basename(path) for path in (partial.path, partial.journal)}
@@ -189,6 +188,21 @@ def plan(files: list[RemoteFile], folder: Path, state: Path) -> list[PartialFile
         with ThreadPoolExecutor(_CHECK_THREADS, "resume") as pool:
             list(pool.map(PartialFile.resume, left_over))
     return partials
+
+
+def remove_stale(files: Iterable[RemoteFile], state: Path) -> None:
+    """Remove what is left of all but some files, as far as that can be done."""
+    stems = {_stem(file) for file in files}
+    with contextlib.suppress(OSError):
+        for name in os.listdir(state):
+            stem = name.partition(".")[0]
+            if _STEM.fullmatch(stem) and stem not in stems:
+                make_way(f"{state}/{name}")
+
+
+def _stem(file: RemoteFile) -> str:
+    # Hashes: paths may be longer, or deeper, than a file name can be.
+    return f"{_hash(file.path)}-{_hash(f'{file.version} {file.size}')}"
 
 
 def _hash(text: str) -> str:

@@ -7,9 +7,11 @@ lost or damaged costs a check of the files against the store, or another downloa
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -25,6 +27,7 @@ from rayserve_hooks.download.stores import RemoteFile, Source
 from rayserve_hooks.errors import DownloadError, describe
 
 _WAY_OUT = "set HF_HOME to move the cache"
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Manifest:
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Read a manifest; one that is damaged in any way says nothing."""
-        found = _parsed(_text_of(path))
+        found = _parsed(text_of(path))
         manifest = cls(path)
         if isinstance(found, dict):
             text = {name: found.get(name) for name in ("source", "revision")}
@@ -126,8 +129,12 @@ class Manifest:
                 manifest.files = _by_path(files)
         return manifest
 
-    def write(self, uri: str) -> None:
+    def write(self, uri: str, state: Path) -> None:
         """Write it, unless it says so already.
+
+        Args:
+            uri: Of the store, as it may be shown.
+            state: As for `write_if_changed`.
 
         Raises:
             OSError: It cannot be written.
@@ -142,7 +149,7 @@ class Manifest:
             "verified": "size" if "size" in verified else "checksum",
             "files": files,
         }
-        write_if_changed(self.path, json.dumps(content))
+        write_if_changed(self.path, json.dumps(content), state)
 
 
 class Log:
@@ -150,7 +157,7 @@ class Log:
 
     def __init__(self, path: Path, source: str) -> None:
         self.path, self._source = path, source
-        lines = (_parsed(line) for line in _text_of(path).splitlines())
+        lines = (_parsed(line) for line in text_of(path).splitlines())
         ours = (line for line in lines if isinstance(line, dict) and line.get("source") == source)
         self.files = _by_path(ours)
         self._file: TextIO | None = None
@@ -165,10 +172,11 @@ class Log:
         line = json.dumps({"source": self._source, **asdict(record)})
         with self._lock:
             if self._file is None:
-                if not self.path.is_file():
+                try:
+                    fd = open_owned(self.path, _APPEND, 0o644, way_out=_WAY_OUT)
+                except DownloadError:  # no file, or one that others may write
                     make_way(self.path)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                fd = open_owned(self.path, flags, 0o644, way_out=_WAY_OUT)
+                    fd = open_owned(self.path, _APPEND, 0o644, way_out=_WAY_OUT)
                 self._file = open(fd, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - close()
                 self._file.write("\n")  # the last line of a run that was killed may be half a one
             self._file.write(f"{line}\n")
@@ -181,7 +189,8 @@ class Log:
 
     def remove(self) -> None:
         self.close()
-        make_way(self.path)
+        if os.path.lexists(self.path):  # otherwise the folder may be on a read-only mount
+            make_way(self.path)
         self.files = {}
 
 
@@ -190,7 +199,8 @@ def key_of(source: Source) -> str:
     return hashlib.sha256(source.uri.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Return what a small file holds; nothing if it is no file, or cannot be read."""
     with (
         contextlib.suppress(OSError, DownloadError),
         open(open_owned(path, os.O_RDONLY, way_out=_WAY_OUT, shared=True), "rb") as file,
@@ -210,6 +220,7 @@ def _by_path(items: Iterable[Any]) -> dict[str, Record]:
     return {record.path: record for record in records if record is not None}
 
 
+_CHECKSUM = re.compile(r"(md5|sha1|sha256|crc32|crc32c|crc64nvme):\S+")
 _TYPES = {"path": str, "size": int, "version": str, "mtime_ns": int, "verified": str}
 
 
@@ -219,9 +230,19 @@ def _record_from(item: Any) -> Record | None:
     fields: dict[str, Any] = {name: item.get(name) for name in _TYPES}
     checksum = item.get("checksum")
     right = all(type(fields[name]) is kind for name, kind in _TYPES.items())
-    if not right or not isinstance(checksum, str | None):
+    right = right and (checksum is None or bool(_CHECKSUM.fullmatch(str(checksum))))
+    if not right or not _is_below(fields["path"]):
         return None
     return Record(**fields, checksum=checksum)
+
+
+def _is_below(path: str) -> bool:
+    """Return whether a path leads to a file below the folder it is relative to."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return bool(path) and path[0] != "/" and ".." not in path.split("/") and "\0" not in path
 
 
 def make_folder(path: Path) -> None:
@@ -231,14 +252,18 @@ def make_folder(path: Path) -> None:
         DownloadError: It is a link, or another user's who does not own the cache, either.
         OSError: It cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir()
-    status = path.lstat()
-    if stat.S_ISREG(status.st_mode):
-        make_way(path)
-        path.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # a file: say so
+        text = os.strerror(errno.ENOTDIR)
+        raise NotADirectoryError(errno.ENOTDIR, text, error.filename) from error
+    for _ in range(2):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
         status = path.lstat()
+        if stat.S_ISDIR(status.st_mode) or stat.S_ISLNK(status.st_mode):
+            break
+        make_way(path)
     trusted = {os.geteuid(), 0, path.parent.stat().st_uid}
     if not stat.S_ISDIR(status.st_mode) or status.st_uid not in trusted:
         raise DownloadError(
@@ -262,17 +287,23 @@ def make_way(path: str | Path) -> None:
         os.rename(path, f"{path}.damaged-{secrets.token_hex(4)}")
 
 
-def write_if_changed(path: Path, text: str) -> None:
+def write_if_changed(path: Path, text: str, state: Path) -> None:
     """Write a small file at once, never half.
+
+    Args:
+        path: The file.
+        text: What it shall hold.
+        state: A folder of ours on the same file system, for the file before it is renamed.
 
     Raises:
         OSError: It cannot be written.
     """
-    if not path.is_symlink() and _text_of(path) == text:
+    if not path.is_symlink() and text_of(path) == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(state)
     # A name of its own: another node may write the same file on a share.
-    written = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    written = state / f"written-{secrets.token_hex(4)}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with open(open_owned(written, flags, 0o644, way_out=_WAY_OUT), "w") as file:
@@ -285,12 +316,13 @@ def write_if_changed(path: Path, text: str) -> None:
         raise
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a folder of ours, as far as that can be done."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
+def remove_tree(path: str | Path) -> None:
+    """Remove a folder of ours, or what is in its place, as far as that can be done."""
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def unwritable(error: OSError, path: str | Path) -> DownloadError:

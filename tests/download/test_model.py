@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import s3
 from plugins_for_tests import run_script
 
 from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.download import node_lock
 from rayserve_hooks.download.caller import Caller
 from rayserve_hooks.download.model import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
@@ -31,7 +33,6 @@ FILES = {
     "sub/model-2.safetensors": "weights 2",
     "sub/tokenizer.model": "more tokens",
 }
-DEFAULT_REVISION = "0" * 40
 ALL = NodeModelDownloadable.MODEL_AND_TOKENIZER
 
 
@@ -110,8 +111,9 @@ def test_the_folder_has_the_layout_of_the_hugging_face_cache(
     model_folder: Path, source: Path
 ) -> None:
     folder = download(source)
-    assert folder == model_folder / "snapshots" / DEFAULT_REVISION
-    assert (model_folder / "refs" / "main").read_text() == DEFAULT_REVISION
+    assert folder.parent == model_folder / "snapshots"
+    assert re.fullmatch(r"[0-9a-f]{40}", folder.name)
+    assert (model_folder / "refs" / "main").read_text() == folder.name
 
 
 def test_the_object_hash_names_the_snapshot(model_folder: Path, source: Path) -> None:
@@ -193,12 +195,13 @@ def test_a_name_with_blanks_and_accents_is_kept(cache: Path, source: Path) -> No
     assert (download(source) / "très gros 100%.bin").read_text() == "x"
 
 
-def block(model_folder: Path, name: str, revision: str = DEFAULT_REVISION) -> None:
-    """Put a folder where a file belongs, so that writing it fails."""
-    (model_folder / "snapshots" / revision / name).mkdir(parents=True)
+def block(model_folder: Path, name: str, revision: str = "one") -> Path:
+    """Put somebody's file into a folder where a file belongs, so that writing it fails."""
+    return write(model_folder / "snapshots" / revision / name, {"mine.txt": "mine"})
 
 
 def test_a_failure_leaves_no_refs_and_no_partial_files(model_folder: Path, source: Path) -> None:
+    write(source, {"hash": "one"})
     block(model_folder, "model-1.safetensors")
     with pytest.raises(
         DownloadError, match=r"^cannot write .*model-1\.safetensors': a folder of that"
@@ -215,12 +218,13 @@ def test_refs_main_is_written_last(model_folder: Path, source: Path) -> None:
 
 
 def test_a_download_that_failed_can_be_repeated(model_folder: Path, source: Path) -> None:
-    block(model_folder, "model-1.safetensors")
+    write(source, {"hash": "one"})
+    blocked = block(model_folder, "model-1.safetensors")
     with pytest.raises(DownloadError):
         download(source)
-    (model_folder / "snapshots" / DEFAULT_REVISION / "model-1.safetensors").rmdir()
+    (blocked / "mine.txt").unlink()
     assert files_in(download(source)) == FILES
-    assert (model_folder / "refs" / "main").read_text() == DEFAULT_REVISION
+    assert (model_folder / "refs" / "main").read_text() == "one"
 
 
 def test_a_failed_update_leaves_the_old_revision_in_place(model_folder: Path, source: Path) -> None:
@@ -326,7 +330,7 @@ def test_a_failing_extra_file_keeps_the_model_from_being_marked_as_complete(
 def test_a_destination_that_cannot_be_made(tmp_path: Path) -> None:
     extra = write(tmp_path / "extra", {"a.txt": "a"})
     (tmp_path / "file").touch()
-    with pytest.raises(DownloadError, match=r"^cannot write '.*/file/.*': NotADirectoryError: "):
+    with pytest.raises(DownloadError, match=r"^cannot write '.*/file': NotADirectoryError: "):
         download_node(MODEL, Mirror(None, ((extra.as_uri(), str(tmp_path / "file")),)), ALL)
 
 
@@ -346,23 +350,25 @@ def test_a_change_of_the_source_is_seen(cache: Path, source: Path) -> None:
     assert files_in(download(source)) == {**FILES, "config.json": "[]"}
 
 
-def test_a_file_that_the_store_does_not_list_is_left_alone(cache: Path, source: Path) -> None:
+def test_a_file_that_was_never_the_store_s_is_left_alone(cache: Path, source: Path) -> None:
     folder = write(download(source), {"mine.txt": "mine"})
     (source / "vocab.txt").unlink()
-    assert files_in(download(source)) == {**FILES, "mine.txt": "mine"}
-    assert folder.is_dir()
+    left = {name: text for name, text in FILES.items() if name != "vocab.txt"}
+    assert files_in(download(source)) == {**left, "mine.txt": "mine"}
+    assert files_in(folder) == {**FILES, "mine.txt": "mine"}
 
 
-def test_the_marker_of_one_mode_serves_the_others(
+def test_what_one_mode_has_fetched_serves_the_others(
     cache: Path, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    download(source)
+    folder = download(source)
     with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
-        download(source, NodeModelDownloadable.TOKENIZER_ONLY)
+        assert download(source, NodeModelDownloadable.TOKENIZER_ONLY) == folder
     assert "6 files, 0 to fetch" in caplog.text
+    assert files_in(folder) == FILES
 
 
-def test_another_source_does_not_trust_the_marker(
+def test_another_source_does_not_trust_the_manifest(
     cache: Path, source: Path, tmp_path: Path
 ) -> None:
     download(source)
@@ -370,27 +376,23 @@ def test_another_source_does_not_trust_the_marker(
     assert files_in(download(other))["vocab.txt"] == "C B A"
 
 
-def test_a_marker_that_cannot_be_read_counts_as_none(model_folder: Path, source: Path) -> None:
-    download(source)
-    for text in ("{", "[]", '{"uri": 1}'):
-        (model_folder / ".rayserve_hooks" / "MODEL_AND_TOKENIZER.json").write_text(text)
-        assert files_in(download(source)) == FILES
-
-
 @pytest.mark.parametrize(("label", "shown"), [("app/model", "app/model"), ("", MODEL)])
 def test_the_lock_names_for_whom_the_model_is(
-    label: str, shown: str, cache: Path, source: Path, tmp_path: Path
+    label: str, shown: str, cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owners = []
+    purposes: list[str] = []
+    write_owner = node_lock._LockFile.write_owner
 
-    def progress_bar(*_: object) -> Mock:
-        owners.append(json.loads(next((tmp_path / "locks").glob("*.lock")).read_text()))
-        return Mock()
+    def written(lock: node_lock._LockFile, purpose: str) -> None:
+        purposes.append(purpose)
+        write_owner(lock, purpose)
 
-    caller = Caller(label=label, progress_bar=progress_bar)
-    download_node(MODEL, Mirror(source.as_uri()), ALL, caller=caller)
-    (owner,) = owners
-    assert owner["purpose"] == f"{shown}, MODEL_AND_TOKENIZER of {source.as_uri()}"
+    monkeypatch.setattr(node_lock._LockFile, "write_owner", written)
+    download_node(MODEL, Mirror(source.as_uri()), ALL, caller=Caller(label=label))
+    assert purposes == [
+        f"{shown}, MODEL_AND_TOKENIZER of {source.as_uri()}",
+        f"files of {source.as_uri()}",
+    ]
 
 
 def test_the_logger_is_the_caller_s(
@@ -421,29 +423,26 @@ class TestOnS3:
 
     def test_asking_again_costs_one_listing(self, server: s3.Server, model_folder: Path) -> None:
         self.get()
-        marker = model_folder / ".rayserve_hooks" / "MODEL_AND_TOKENIZER.json"
-        written = marker.stat().st_mtime_ns
         server.forget()
         self.get()
         assert server.requests == ["LIST model/"]
-        assert marker.stat().st_mtime_ns == written
 
-    def test_the_marker_says_what_was_verified(self, server: s3.Server, model_folder: Path) -> None:
+    def test_the_manifest_says_what_was_verified(
+        self, server: s3.Server, model_folder: Path
+    ) -> None:
         folder = self.get()
-        marker = json.loads(
-            (model_folder / ".rayserve_hooks" / "MODEL_AND_TOKENIZER.json").read_text()
-        )
-        files = marker.pop("files")
-        assert marker == {
+        state = model_folder / ".rayserve_hooks"
+        manifest = json.loads((state / "revisions" / "one.json").read_text())
+        files = manifest.pop("files")
+        assert manifest == {
             "uri": "s3://bucket/model",
-            "mode": "MODEL_AND_TOKENIZER",
+            "source": hashlib.sha256(b"s3://bucket/model").hexdigest()[:32],
             "revision": "one",
             "revision_version": '"f97c5d29941bfb1b2fdab0874906ab82"',
             "verified": "checksum",
         }
         assert {file["path"] for file in files} == set(FILES)
         assert files[2] == {
-            "revision": "one",
             "path": "generation_config.json",
             "size": 2,
             "version": '"99914b932bd37a50b983c5e7c90ae93b"',
@@ -478,7 +477,7 @@ class TestOnS3:
             "GET bucket/model/vocab.txt",
         ]
 
-    def test_files_without_a_marker_are_kept_if_they_can_be_verified(
+    def test_files_without_a_manifest_are_kept_if_they_can_be_verified(
         self, server: s3.Server, model_folder: Path
     ) -> None:
         folder = self.get()
@@ -488,7 +487,7 @@ class TestOnS3:
         assert files_in(self.get()) == FILES
         assert server.requests[1:] == ["GET bucket/model/hash", "GET bucket/model/vocab.txt"]
 
-    def test_files_without_a_marker_or_checksum_are_fetched(
+    def test_files_without_a_manifest_or_checksum_are_fetched(
         self, server: s3.Server, model_folder: Path
     ) -> None:
         server.etags = "opaque"

@@ -99,15 +99,15 @@ def download() -> Path:
     return Path(path)
 
 
-def marker(model: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(
-        (model / ".rayserve_hooks" / f"{ALL.name}.json").read_text()
-    )
+def manifest(model: Path) -> dict[str, Any]:
+    revision = (model / "refs" / "main").read_text()
+    file = model / ".rayserve_hooks" / "revisions" / f"{revision}.json"
+    loaded: dict[str, Any] = json.loads(file.read_text())
     return loaded
 
 
 def of_weights(model: Path) -> tuple[str, str]:
-    record = next(file for file in marker(model)["files"] if file["path"] == WEIGHTS)
+    record = next(file for file in manifest(model)["files"] if file["path"] == WEIGHTS)
     return record["verified"], str(record["checksum"]).partition(":")[0]
 
 
@@ -117,13 +117,14 @@ def assert_complete(server: s3.Server, snapshot: Path) -> None:
         if file.is_file():
             assert (snapshot / file.relative_to(source)).read_bytes() == file.read_bytes()
     state = snapshot.parent.parent / ".rayserve_hooks"
-    assert [path.name for path in state.iterdir() if path.is_file()] == [f"{ALL.name}.json"]
-    assert list((state / "partial").iterdir()) == []
+    assert {path.name for path in state.iterdir()} == {"revisions", "lock"}
+    assert (snapshot.parent.parent / "refs" / "main").read_text() == snapshot.name
 
 
 def assert_absent(model: Path) -> None:
     assert not (model / "refs" / "main").exists()
-    assert not list(model.glob(".rayserve_hooks/*.json"))
+    assert not list(model.glob("snapshots/*"))
+    assert not list(model.glob(".rayserve_hooks/revisions/*.json"))
 
 
 def test_ranges_are_parallel_requests_of_their_own(server: s3.Server, weights: Path) -> None:
@@ -223,7 +224,6 @@ def test_a_store_that_fails_for_good(
     for secret in ("Debug source", "AKIASECRET", "list-type", "<Error>"):
         assert secret not in text
     assert_absent(model)
-    assert not list(model.glob(f"snapshots/*/{WEIGHTS}"))
     server.faults = []
     assert_complete(server, download())
 
@@ -303,7 +303,7 @@ class TestVerification:
     def test_an_etag_that_is_an_md5(self, server: s3.Server, model: Path) -> None:
         download()
         assert of_weights(model) == ("checksum", "md5")
-        assert marker(model)["verified"] == "checksum"
+        assert manifest(model)["verified"] == "checksum"
         assert server.count("HEAD") == 0
 
     @pytest.mark.parametrize("etags", ["multipart", "opaque"])
@@ -316,7 +316,7 @@ class TestVerification:
         server.etags = "multipart"
         download()
         assert of_weights(model) == ("size", "crc64nvme")
-        assert marker(model)["verified"] == "size"
+        assert manifest(model)["verified"] == "size"
 
     def test_a_checksum_of_checksums_is_none(
         self, server: s3.Server, model: Path, weights: Path
@@ -409,9 +409,11 @@ class TestVerification:
         monkeypatch.setitem(sys.modules, missing, None)
         if missing == "awscrt.checksums":
             monkeypatch.delattr("awscrt.checksums")
+            monkeypatch.setattr(partials, "segment_crc", partials.segment_crc.__wrapped__)
+            monkeypatch.setattr(transfer, "segment_crc", partials.segment_crc)
         with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
             assert_complete(server, download())
-        assert of_weights(model) == ("size", "crc64nvme" if missing == "boto3" else "None")
+        assert of_weights(model) == ("size", "crc64nvme" if missing == "boto3" else "crc32")
         told = re.search(
             rf"{URI}: some files are verified by size only, because the store cannot be asked for "
             r"their checksum: ModuleNotFoundError: .*boto3.*; install 'rayserve_hooks\[download\]' "
@@ -569,21 +571,37 @@ class TestResume:
             partial.unlink()
         assert_complete(server, download())
 
-    def test_a_file_that_lost_bytes_on_disk_is_fetched_again(
-        self, server: s3.Server, weights: Path, model: Path, caplog: pytest.LogCaptureFixture
+    def test_bytes_that_the_disk_has_lost_are_fetched_again(
+        self, server: s3.Server, weights: Path, model: Path
     ) -> None:
         break_off(server)
         (partial,) = model.glob(".rayserve_hooks/partial/*.partial")
-        size = weights.stat().st_size
-        spans = [(start, min(start + RANGE, size)) for start in range(0, size, RANGE)]
-        partial.with_suffix(".journal").write_text("".join(f"{a} {b}\n" for a, b in spans))
         os.truncate(partial, 10)
+        server.forget()
         assert_complete(server, download())
-        assert re.search(
-            rf"fetching once more: '{WEIGHTS}' of {URI} has 10 bytes on disk, but {size} in the "
-            "store",
-            caplog.text,
-        )
+        assert server.sent_of(f"bucket/model/{WEIGHTS}") == weights.stat().st_size
+
+    def test_a_file_that_is_cut_before_it_is_published_is_fetched_again(
+        self,
+        server: s3.Server,
+        weights: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        cuts: list[str] = []
+        finish = transfer._Transfer._finish
+
+        def cut(running: transfer._Transfer, partial: Any, *data: Any) -> None:
+            if partial.file.path == WEIGHTS and not cuts:
+                cuts.append(partial.path)
+                os.truncate(partial.path, 10)
+            finish(running, partial, *data)
+
+        monkeypatch.setattr(transfer._Transfer, "_finish", cut)
+        assert_complete(server, download())
+        size = weights.stat().st_size
+        text = f"fetching once more: '{WEIGHTS}' of {URI} has 10 bytes on disk, but {size} in the "
+        assert text in caplog.text
 
     def test_partial_files_of_older_versions_are_removed(
         self, server: s3.Server, weights: Path, model: Path
@@ -630,16 +648,18 @@ def missing_bytes(server: s3.Server) -> int:
 
     model = Path(HF_HUB_CACHE) / "models--org--tiny"
     source = server.root / "bucket" / "model"
+    folders = [*model.glob("snapshots/*"), model / ".rayserve_hooks" / "stage"]
     missing = 0
     for file in source.iterdir():
         size = file.stat().st_size
-        if (model / "snapshots" / ("0" * 40) / file.name).exists():
+        if any((folder / file.name).exists() for folder in folders):
             continue
         missing += size
         if size > CHUNK:
             name = f"{partials._hash(file.name)}-*.journal"
             for journal in (model / ".rayserve_hooks" / "partial").glob(name):
-                missing -= sum(end - start for start, end in partials.read_journal(journal))
+                lines = partials._LINE.findall(journal.read_bytes())
+                missing -= sum(int(end) - int(start) for start, end, _ in lines)
     return missing
 
 
@@ -740,7 +760,7 @@ def test_a_disk_that_is_too_small(
     out = run_alone(server, SMALL_DISK.format(before=before), "unshare", "-rm")
     if checked:
         pattern = (
-            r"DownloadError '\S+/snapshots/0{40}' has [\d,]+ bytes free, but 5,284,\d{3} are "
+            r"DownloadError '\S+/.rayserve_hooks/stage' has [\d,]+ bytes free, but 5,284,\d{3} are "
             r"needed; free some, or set HF_HOME to move the cache"
         )
         assert server.count("GET") == 0
@@ -778,7 +798,7 @@ def test_memory_stays_small_with_a_large_file_on_a_machine_with_many_cores(
 def test_a_folder_that_cannot_be_written(server: s3.Server, tmp_path: Path) -> None:
     (tmp_path / "hub").touch()
     pattern = (
-        r"^cannot write '.*/hub/models--org--tiny/.*': NotADirectoryError: .*; check the "
+        r"^cannot write '.*/hub/models--org--tiny': NotADirectoryError: .*; check the "
         "permissions and the free space there, or set HF_HOME to move the cache$"
     )
     with pytest.raises(DownloadError, match=pattern):
