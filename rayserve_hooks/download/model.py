@@ -26,6 +26,7 @@ from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download.caller import STANDALONE, Caller
 from rayserve_hooks.download.checksums import Heads, checksum_of, expected_checksum
 from rayserve_hooks.download.node_lock import node_lock
+from rayserve_hooks.download.store_errors import no_panics, shown
 from rayserve_hooks.download.stores import STATE_FOLDER, RemoteFile, Source, open_source
 from rayserve_hooks.download.transfer import Content, fetch, unwritable
 from rayserve_hooks.errors import DownloadError, describe
@@ -36,8 +37,10 @@ _ALLOWED = {
 }
 _IGNORED = {NodeModelDownloadable.EXCLUDE_SAFETENSORS: ["*.safetensors"]}
 _REVISION_OBJECT = "hash"
+_REVISION_BYTES = 4096
 _DEFAULT_REVISION = "0" * 40
 _CHECK_THREADS = 8
+_NAME_BYTES = 255  # of a folder, on every file system there is
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,24 @@ def download_node(
         DownloadError: The store refused, has no such files or sent damaged ones, or the files
             cannot be written.
     """
-    for uri, destination in mirror.extra_files if mirror else ():
-        _download_extra(uri, Path(os.path.expandvars(destination)).expanduser(), caller)
-    if mode is NodeModelDownloadable.NONE:
+    with no_panics():
+        for uri, destination in mirror.extra_files if mirror else ():
+            _download_extra(uri, Path(os.path.expandvars(destination)).expanduser(), caller)
+        if mode is NodeModelDownloadable.NONE:
+            return None
+        if mirror is not None and mirror.bucket_uri is not None:
+            return str(_download_model(model_id, mirror.bucket_uri, mode, caller))
+        if from_hub and not os.path.exists(os.path.expanduser(model_id)):
+            return _download_from_hub(model_id, mode, caller)
         return None
-    if mirror is not None and mirror.bucket_uri is not None:
-        return str(_download_model(model_id, mirror.bucket_uri, mode, caller))
-    if from_hub and not Path(model_id).expanduser().exists():
-        return _download_from_hub(model_id, mode, caller)
-    return None
 
 
 def _download_extra(uri: str, target: Path, caller: Caller) -> None:
-    with node_lock(target, f"extra files of {uri}", caller.logger):
-        source = open_source(uri, caller)
+    purpose = f"extra files of {shown(uri)}"
+    with (
+        node_lock(target, purpose, caller.logger),
+        contextlib.closing(open_source(uri, caller)) as source,
+    ):
         files = source.list_files()
         name = f"extra-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
         records = _Records(target / STATE_FOLDER, name, uri)
@@ -102,15 +109,18 @@ def _download_extra(uri: str, target: Path, caller: Caller) -> None:
 
 def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable, caller: Caller) -> Path:
     folder = _model_folder(model_id)
-    with node_lock(folder, f"{caller.label or model_id}, {mode.name} of {uri}", caller.logger):
-        source = open_source(uri, caller)
+    purpose = f"{caller.label or model_id}, {mode.name} of {shown(uri)}"
+    with (
+        node_lock(folder, purpose, caller.logger),
+        contextlib.closing(open_source(uri, caller)) as source,
+    ):
         files = source.list_files()
         hash_object = files.pop(_REVISION_OBJECT, None)
         wanted = [file for path, file in files.items() if _selected(path, mode)]
         if not wanted:
             raise DownloadError(
-                f"{uri} has {len(files)} objects, none of which {mode.name} selects; check the "
-                "path and the download mode"
+                f"{source.shown_uri} has {len(files)} objects, none of which {mode.name} selects; "
+                "check the path and the download mode"
             )
         records = _Records(folder / STATE_FOLDER, mode.name, uri)
         revision = _revision(source, hash_object, records)
@@ -125,7 +135,13 @@ def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable, caller
 def _model_folder(model_id: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    return Path(HF_HUB_CACHE, f"models--{model_id.replace('/', '--')}")
+    name = f"models--{model_id.replace('/', '--')}"
+    if len(os.fsencode(name)) > _NAME_BYTES:
+        raise DownloadError(
+            f"the model id {model_id!r} is too long to name a folder: with 'models--' it has "
+            f"{len(os.fsencode(name))} bytes, and at most {_NAME_BYTES} are possible; shorten it"
+        )
+    return Path(HF_HUB_CACHE, name)
 
 
 def _download_from_hub(model_id: str, mode: NodeModelDownloadable, caller: Caller) -> str:
@@ -165,11 +181,12 @@ def _revision(source: Source, hash_object: RemoteFile | None, records: _Records)
         return _DEFAULT_REVISION
     revision = records.revisions.get(hash_object.version)
     if revision is None:
-        revision = source.read(_REVISION_OBJECT).decode("ascii", "replace").strip()
+        content = source.read(_REVISION_OBJECT, _REVISION_BYTES)
+        revision = content.decode("ascii", "replace").strip()
     if not re.fullmatch(r"[\w-][\w.-]*", revision, re.ASCII):
         raise DownloadError(
-            f"the object 'hash' of {source.uri} holds {revision!r}, which cannot name a folder; "
-            "store the revision there, or delete it"
+            f"the object 'hash' of {source.shown_uri} holds {revision!r}, which cannot name a "
+            "folder; store the revision there, or delete it"
         )
     return revision
 
@@ -282,7 +299,9 @@ def _complete(
         except OSError as error:
             raise unwritable(error, folder) from error
         count = len(missing)
-        logger.info("%s: %d files, %d to fetch into %s", source.uri, len(wanted), count, folder)
+        logger.info(
+            "%s: %d files, %d to fetch into %s", source.shown_uri, len(wanted), count, folder
+        )
         if not missing:
             return
         fetched_gb = fetch(heads, missing, folder, records.folder / "partial", publish) / 1e9
@@ -290,7 +309,7 @@ def _complete(
     seconds = time.monotonic() - started
     rate = fetched_gb / max(seconds, 1e-9)
     text = "%s: fetched %d files, %.2f GB, in %.1f s, %.2f GB/s; %.2f GB were there already"
-    logger.info(text, source.uri, count, fetched_gb, seconds, rate, present_gb)
+    logger.info(text, source.shown_uri, count, fetched_gb, seconds, rate, present_gb)
 
 
 def _is_complete(
