@@ -42,7 +42,7 @@ class Fault:
         kind: ``denied``, ``missing``, ``busy`` (503), ``throttled`` (429), ``truncated`` (half of
             the body, then the end), ``short`` (one byte less than listed, said so), ``reset`` (half
             of the body, then RST), ``corrupt`` (one byte flipped), ``slow`` (``delay_s`` first),
-            ``error`` (``status`` and ``code``), ``silent`` (no answer), ``stall`` (half of the
+            ``hang up`` (after the answer), ``error`` (``status`` and ``code``), ``silent`` (no answer), ``stall`` (half of the
             body, then nothing), ``trickle`` (a byte each ``delay_s``), ``other`` (another ETag,
             whatever ``If-Match`` says), ``bare`` (no ETag, likewise), ``gzip`` (encoded) or
             ``redirect`` (307 to ``to``).
@@ -273,9 +273,7 @@ class _Handler(socketserver.StreamRequestHandler):
         next_token = str(last) if last < len(keys) else ""
         if self.s3.repeats:
             next_token = "again" if self.s3.repeats == "token" else str(last % len(keys))
-        more = (
-            f"<NextContinuationToken>{next_token}</NextContinuationToken>" if next_token else ""
-        )
+        more = f"<NextContinuationToken>{next_token}</NextContinuationToken>" if next_token else ""
         contents = "".join(
             f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
@@ -401,7 +399,7 @@ class _Handler(socketserver.StreamRequestHandler):
             time.sleep(0.02)
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        return stop == end
+        return stop == end and kind != "hang up"
 
     def _send_file(self, opened: FileIO, offset: int, count: int) -> int:
         if isinstance(self.connection, ssl.SSLSocket):

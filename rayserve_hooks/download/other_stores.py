@@ -117,8 +117,16 @@ class OtherSource(Source):
             return AzureStore(self.container, prefix=prefix, account_name=self.account, **options)
 
     def _pages(self) -> Iterator[list[RemoteFile]]:
-        for batch in self.store.list(chunk_size=1000):
-            yield [self._remote(meta) for meta in batch]
+        try:
+            for batch in self.store.list(chunk_size=1000):
+                yield [self._remote(meta) for meta in batch]
+        except Exception as error:  # obstore raises classes of its own per store
+            if self._proxy is None or "HTTP error" not in (text := message_of(error)):
+                raise
+            raise AnswerError(self._through(text)) from error
+
+    def _through(self, text: str) -> str:
+        return text if self._proxy is None else f"the proxy {self._proxy.shown!r}: {text}"
 
     @staticmethod
     def _remote(meta: Mapping[str, Any]) -> RemoteFile:
@@ -163,6 +171,8 @@ class OtherSource(Source):
                 raise
             except Exception as error:  # obstore raises classes of its own per store
                 text = message_of(error)
+                tries = _tries(error, text)
+                text = self._through(text) if "HTTP error" in text else text
                 if "TimedOut" in text or "timed out" in text:
                     now = time.monotonic()
                     enough = start - first >= settings.LEAST_RATE * limit_s
@@ -172,7 +182,7 @@ class OtherSource(Source):
                     raise StalledError(
                         f"{got:,} bytes came in {seconds:.1f} s: {text}", tries=STALLS
                     ) from error
-                raise AnswerError(text, tries=_tries(error, text)) from error
+                raise AnswerError(text, tries=tries) from error
 
     def _chunks(self, file: RemoteFile, span: Span) -> Iterator[memoryview]:
         import obstore

@@ -1,45 +1,35 @@
+"""Ranges: resumed, compared with what was listed, and given up in time."""
+
 from __future__ import annotations
 
-import datetime as dt
-import ipaddress
-import logging
+import contextlib
 import random
 import re
-import ssl
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import s3
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
-from rayserve_hooks.context import NodeModelDownloadable
-from rayserve_hooks.download import direct
-from rayserve_hooks.download.direct import DirectReader
-from rayserve_hooks.download.model import Mirror, download_node
-from rayserve_hooks.download.stores import RemoteFile, open_source
+from rayserve_hooks.download import other_stores, reader
+from rayserve_hooks.download.stores import RemoteFile, Source, open_source
 from rayserve_hooks.errors import DownloadError
 
 CONTENT = random.Random(0).randbytes(300_000)
 SPAN = (100_000, 300_000)
 WANTED = CONTENT[slice(*SPAN)]
+PATH = "bucket/model/we ights"
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    weights = tmp_path / "buckets" / "bucket" / "model" / "we ights"
+def root(clean: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    weights = tmp_path / "buckets" / PATH
     weights.parent.mkdir(parents=True)
     weights.write_bytes(CONTENT)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("RAYSERVE_HOOKS_LOCK_DIR", str(tmp_path))
-    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr(direct, "_BUFFER_BYTES", 2**14)
+    monkeypatch.setattr(reader, "_BUFFER_BYTES", 2**14)
     return weights.parents[2]
 
 
@@ -51,248 +41,368 @@ def server(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Server]:
 
 
 @pytest.fixture
-def reader(server: s3.Server) -> Iterator[DirectReader]:
-    reader = DirectReader(open_source("s3://bucket/model"))
-    yield reader
-    reader.close()
+def source(server: s3.Server) -> Iterator[Source]:
+    with contextlib.closing(open_source("s3://bucket/model")) as opened:
+        yield opened
 
 
 @pytest.fixture
 def file(server: s3.Server, root: Path) -> RemoteFile:
-    weights = root / "bucket" / "model" / "we ights"
-    return RemoteFile("we ights", len(CONTENT), server.etag(weights), "1")
+    return RemoteFile("we ights", len(CONTENT), f'"{server.etag(root / PATH)}"', "1")
 
 
-def read(reader: DirectReader, file: RemoteFile) -> bytes:
-    return b"".join(bytes(part) for part in reader.read(file, SPAN))
+def read(source: Source, file: RemoteFile, span: tuple[int, int] = SPAN) -> bytes:
+    with contextlib.closing(source.parts(file, span)) as parts:
+        return b"".join(bytes(part) for part in parts)
 
 
-def test_a_range(reader: DirectReader, file: RemoteFile, server: s3.Server) -> None:
-    assert read(reader, file) == WANTED
-    assert server.sent_of("bucket/model/we ights") == len(WANTED)
+def test_a_range(source: Source, file: RemoteFile, server: s3.Server) -> None:
+    assert read(source, file) == WANTED
+    assert server.sent_of(PATH) == len(WANTED)
 
 
-def test_a_file_without_an_etag(reader: DirectReader) -> None:
-    assert read(reader, RemoteFile("we ights", len(CONTENT), None, "1")) == WANTED
+@pytest.mark.parametrize("size", [1, 2**14, 2**14 + 1])
+def test_a_range_of_any_length(source: Source, file: RemoteFile, size: int) -> None:
+    assert read(source, file, (7, 7 + size)) == CONTENT[7 : 7 + size]
 
 
-def test_a_connection_is_used_again(
-    reader: DirectReader, file: RemoteFile, server: s3.Server
-) -> None:
-    assert read(reader, file) == read(reader, file) == WANTED
+def test_the_whole_object(source: Source, file: RemoteFile) -> None:
+    assert read(source, file, (0, len(CONTENT))) == CONTENT
+
+
+def test_a_file_without_an_etag(source: Source) -> None:
+    assert read(source, RemoteFile("we ights", len(CONTENT), None, "1")) == WANTED
+
+
+def test_a_connection_is_used_again(source: Source, file: RemoteFile, server: s3.Server) -> None:
+    assert read(source, file) == read(source, file) == WANTED
     assert server.connections == 1
 
 
-def test_a_range_that_is_left_alone_takes_its_connection_along(
-    reader: DirectReader, file: RemoteFile, server: s3.Server
+def test_a_connection_that_was_closed_meanwhile_is_replaced(
+    source: Source, file: RemoteFile, server: s3.Server
 ) -> None:
-    parts = reader.read(file, SPAN)
-    assert next(parts) == WANTED[: 2**14]
-    parts.close()
-    assert read(reader, file) == WANTED
+    server.faults = [s3.Fault("hang up", times=1)]
+    assert read(source, file) == read(source, file) == WANTED
+    assert server.count("GET") == 2
     assert server.connections == 2
 
 
-@pytest.mark.parametrize("kind", ["denied", "missing", "busy"])
-def test_what_is_refused_is_left_to_obstore(
-    kind: str,
-    reader: DirectReader,
-    file: RemoteFile,
-    server: s3.Server,
-    caplog: pytest.LogCaptureFixture,
+def test_a_range_that_is_left_alone_takes_its_connection_along(
+    source: Source, file: RemoteFile, server: s3.Server
 ) -> None:
-    server.faults = [s3.Fault(kind, times=1)]
-    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
-        assert read(reader, file) == b""
-    status = {"denied": "403", "missing": "404", "busy": "503"}[kind]
-    text = (
-        "s3://bucket/model: obstore is asked for (100000, 300000) of we ights: ConnectionError: "
-        f"the answer is {status} Error, None"
-    )
-    assert text in caplog.text
-    # It has never worked, so it is not tried again.
-    assert read(reader, file) == b""
+    parts = source.parts(file, SPAN)
+    assert next(parts) == WANTED[: 2**14]
+    parts.close()
+    assert read(source, file) == WANTED
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize("kind", ["truncated", "reset", "busy", "throttled", "short"])
+def test_what_passes_is_asked_again_from_the_byte_reached(
+    kind: str, source: Source, file: RemoteFile, server: s3.Server
+) -> None:
+    server.faults = [s3.Fault(kind, times=2)]
+    assert read(source, file) == WANTED
+    assert server.sent_of(PATH) == len(WANTED)
+
+
+@pytest.mark.parametrize("kind", ["denied", "missing"])
+def test_what_is_refused_is_not_asked_again(
+    kind: str, source: Source, file: RemoteFile, server: s3.Server
+) -> None:
+    server.faults = [s3.Fault(kind)]
+    with pytest.raises(DownloadError, match=r"^cannot fetch 'we ights' of s3://bucket/model: 40"):
+        read(source, file)
     assert server.count("GET") == 1
 
 
-def test_what_has_worked_is_tried_again(
-    reader: DirectReader, file: RemoteFile, server: s3.Server
-) -> None:
-    assert read(reader, file) == WANTED
-    server.faults = [s3.Fault("busy", times=1)]
-    assert read(reader, file) == b""
-    assert read(reader, file) == WANTED
+class TestAnotherContent:
+    """One version, unencoded, of one length, from one host: or an error."""
+
+    @pytest.mark.parametrize("listed", [True, False])
+    def test_a_store_that_ignores_the_version_asked_for(
+        self, listed: bool, source: Source, file: RemoteFile, server: s3.Server
+    ) -> None:
+        remote = file if listed else RemoteFile("we ights", len(CONTENT), None, "1")
+        if not listed:
+            assert read(source, remote) == WANTED
+        server.faults = [s3.Fault("other")]
+        pattern = (
+            r"^cannot fetch 'we ights' of s3://bucket/model: the version is '\"other\"', but "
+            r"'\"[0-9a-f]{32}\"' was listed or sent before; the object has changed under the "
+            r"download; try again when its upload is over$"
+        )
+        with pytest.raises(DownloadError, match=pattern):
+            read(source, remote)
+
+    def test_another_version_is_refused_by_the_store(self, source: Source) -> None:
+        pattern = "412 Precondition Failed: .*; the object has changed under the download; try"
+        with pytest.raises(DownloadError, match=pattern):
+            read(source, RemoteFile("we ights", len(CONTENT), '"old"', "1"))
+
+    def test_an_object_of_another_size(self, source: Source, file: RemoteFile) -> None:
+        pattern = "it has 300000 bytes, but 400000 in the listing; the object has changed"
+        with pytest.raises(DownloadError, match=pattern):
+            read(source, RemoteFile("we ights", 400_000, file.etag, "1"))
+
+    @pytest.mark.parametrize("span", [SPAN, (0, len(CONTENT)), (0, 5)])
+    def test_an_answer_that_is_encoded(
+        self, span: tuple[int, int], source: Source, file: RemoteFile, server: s3.Server
+    ) -> None:
+        server.faults = [s3.Fault("gzip")]
+        pattern = (
+            r"^cannot fetch 'we ights' of s3://bucket/model: \d+ bytes are sent in the encoding "
+            r"'gzip'; the store or a proxy changes it: let it send what is stored$"
+        )
+        with pytest.raises(DownloadError, match=pattern):
+            read(source, file, span)
+        assert {headers["accept-encoding"] for headers in server.headers} == {"identity"}
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_a_redirect_gets_no_credentials(
+        self,
+        whole: bool,
+        source: Source,
+        file: RemoteFile,
+        server: s3.Server,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("AWS_SESSION_TOKEN", "TOKEN")
+        with s3.serving(server.root) as evil:
+            server.faults = [s3.Fault("redirect", to=evil.url.replace("127.0.0.1", "localhost"))]
+            pattern = (
+                r"PermanentRedirect: '127.0.0.1' redirects to 'localhost', where no credentials "
+                "are sent; check the region, and that the endpoint is that of the bucket"
+            )
+            with (
+                contextlib.closing(open_source("s3://bucket/model")) as opened,
+                pytest.raises(DownloadError, match=pattern),
+            ):
+                read(opened, file, (0, len(CONTENT)) if whole else SPAN)
+            assert evil.requests == []
+
+    def test_a_small_object_that_is_redirected(
+        self, source: Source, server: s3.Server, root: Path
+    ) -> None:
+        (root / "bucket/model/small").write_text("small")
+        small = RemoteFile("small", 5, f'"{server.etag(root / "bucket/model/small")}"', "1")
+        with s3.serving(server.root) as evil:
+            server.faults = [s3.Fault("redirect", to=evil.url.replace("127.0.0.1", "localhost"))]
+            with pytest.raises(DownloadError, match="where no credentials are sent"):
+                read(source, small, (0, 5))
+            assert evil.requests == []
 
 
-@pytest.mark.parametrize("kind", ["truncated", "reset"])
-def test_a_body_that_breaks_off_ends_early(
-    kind: str, reader: DirectReader, file: RemoteFile, server: s3.Server
-) -> None:
-    server.faults = [s3.Fault(kind, times=1)]
-    got = read(reader, file)
-    assert len(got) < len(WANTED)
-    assert WANTED.startswith(got)
+class TestStalls:
+    @pytest.fixture(autouse=True)
+    def _soon(self, monkeypatch: pytest.MonkeyPatch, source: Source) -> None:
+        # Only now: making a client may take longer on a machine with other work.
+        monkeypatch.setenv("RAYSERVE_HOOKS_STALL_S", "0.2")
+        monkeypatch.setattr(reader, "_POLL_S", 0.02)
+
+    @pytest.mark.parametrize("kind", ["silent", "stall", "trickle"])
+    def test_one_that_passes(
+        self, kind: str, source: Source, file: RemoteFile, server: s3.Server
+    ) -> None:
+        server.faults = [s3.Fault(kind, delay_s=0.03, times=2)]
+        assert read(source, file) == WANTED
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("kind", "got"), [("silent", r"0"), ("trickle", r"\d+")])
+    def test_one_that_does_not(
+        self, kind: str, got: str, source: Source, file: RemoteFile, server: s3.Server
+    ) -> None:
+        server.faults = [s3.Fault(kind, delay_s=0.03)]
+        started = time.monotonic()
+        pattern = (
+            r"^cannot fetch 'we ights' of s3://bucket/model: \d+ bytes came in 0\.\d s; "
+            rf"{got} of 200,000 bytes in \d\.\d s, 3 times; look for what stalls, the store, a "
+            "proxy or the network, or set RAYSERVE_HOOKS_STALL_S to wait longer$"
+        )
+        with pytest.raises(DownloadError, match=pattern):
+            read(source, file)
+        assert time.monotonic() - started < 3
+        assert server.count("GET") == 3
+
+    @pytest.mark.slow
+    def test_a_slow_body_is_no_stall(
+        self, source: Source, file: RemoteFile, server: s3.Server
+    ) -> None:
+        server.faults = [s3.Fault("trickle", delay_s=0.0003)]
+        assert read(source, file, (0, 3000)) == CONTENT[:3000]
+        assert server.count("GET") == 1
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["silent", "trickle"])
+    def test_that_of_another_store(
+        self, kind: str, source: Source, server: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        monkeypatch.setattr(other_stores, "CHUNK_BYTES", 2**14)
+        with contextlib.closing(open_source("gs://anonymous@bucket/model")) as opened:
+            (file,) = opened.list_files().values()
+            server.faults = [s3.Fault(kind, delay_s=0.03)]
+            pattern = r"^cannot fetch 'we ights' of gs://.*3 times; look for what stalls, the store"
+            with pytest.raises(DownloadError, match=pattern):
+                read(opened, file)
+
+    def test_the_end_of_a_download_is_noticed(
+        self, source: Source, file: RemoteFile, server: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAYSERVE_HOOKS_STALL_S", "60")
+        server.faults = [s3.Fault("stall")]
+        parts = source.parts(file, SPAN)
+        next(parts)
+        threading.Timer(0.05, source.stop).start()
+        with pytest.raises(DownloadError, match="the download has ended"):
+            for _ in parts:
+                pass
 
 
-def test_another_version_is_refused(reader: DirectReader, server: s3.Server) -> None:
-    assert read(reader, RemoteFile("we ights", len(CONTENT), '"other"', "1")) == b""
-
-
-def test_an_object_of_another_size_is_refused(reader: DirectReader, file: RemoteFile) -> None:
-    assert read(reader, RemoteFile("we ights", 400_000, file.etag, "1")) == b""
-
-
-def test_nobody_listens(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_listens(clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    reader = DirectReader(open_source("s3://bucket/model"))
-    assert read(reader, RemoteFile("we ights", len(CONTENT), None, "1")) == b""
-
-
-@pytest.mark.parametrize(
-    ("environment", "direct"),
-    [
-        ({"http_proxy": "http://127.0.0.1:1"}, False),
-        ({"all_proxy": "http://127.0.0.1:1"}, False),
-        ({"http_proxy": "http://127.0.0.1:1", "no_proxy": "127.0.0.1"}, True),
-        ({"https_proxy": "http://127.0.0.1:1"}, True),
-    ],
-)
-def test_a_proxy_is_left_to_obstore(
-    environment: dict[str, str],
-    direct: bool,
-    reader: DirectReader,
-    file: RemoteFile,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert read(reader, file) == (WANTED if direct else b"")
-
-
-def test_anonymous_reading_signs_nothing(server: s3.Server) -> None:
-    anonymous = open_source("s3://anonymous@bucket/model")
-    assert anonymous.readable_url_of("we ights") == f"{server.url}/bucket/model/we%20ights"
-    signed = open_source("s3://bucket/model").readable_url_of("we ights")
-    assert signed.startswith(f"{server.url}/bucket/model/we%20ights?X-Amz-Algorithm=")
-    reader = DirectReader(anonymous)
-    assert read(reader, RemoteFile("we ights", len(CONTENT), None, "1")) == WANTED
-    reader.close()
-
-
-def test_other_stores_are_left_to_obstore(
-    server: s3.Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-    reader = DirectReader(open_source("gs://anonymous@bucket/model"))
-    assert read(reader, RemoteFile("we ights", len(CONTENT), None, "1")) == b""
-    assert server.requests == []
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """Return a file with a key and a certificate for 127.0.0.1 that it has signed itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback")])
-    now = dt.datetime.now(dt.UTC)
-    day = dt.timedelta(days=1)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - day)
-        .not_valid_after(now + day)
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(
-        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    file = tmp_path / "certificate.pem"
-    file.write_bytes(private + made.public_bytes(pem))
-    return file
-
-
-@pytest.fixture
-def tls_server(
-    root: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[s3.Server]:
-    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(certificate)
-    for variable in ("SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
-        monkeypatch.delenv(variable, raising=False)
-    with s3.serving(root, tls=tls) as running:
-        running.etags, running.crc64 = "multipart", True
-        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        yield running
-
-
-def download() -> bytes:
-    everything = NodeModelDownloadable.MODEL_AND_TOKENIZER
-    path = download_node("org/tiny", Mirror("s3://anonymous@bucket/model"), everything)
-    assert path is not None
-    return Path(path, "we ights").read_bytes()
-
-
-@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"])
-def test_whom_to_trust(
-    variable: str,
-    tls_server: s3.Server,
-    certificate: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv(variable, str(certificate))
-    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
-        assert download() == CONTENT
-    assert "obstore is asked" not in caplog.text
-    assert "no checksum" not in caplog.text
-    assert tls_server.count("HEAD") == 1
-
-
-def test_whom_only_obstore_trusts(
-    tls_server: s3.Server,
-    certificate: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    nothing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    monkeypatch.setattr(ssl, "create_default_context", lambda: nothing)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
-        assert download() == CONTENT
-    assert re.search(r"obstore is asked for .* CERTIFICATE_VERIFY_FAILED", caplog.text)
-
-
-@pytest.mark.slow
-def test_whom_nobody_trusts(tls_server: s3.Server) -> None:
+    source = open_source("s3://bucket/model")
     pattern = (
-        "^cannot list s3://anonymous@bucket/model: .* error sending request: InvalidCertificate: "
-        "UnknownIssuer; check the server's certificate, and that who signed it is among the "
-        "system's, in SSL_CERT_FILE or, for S3, in AWS_CA_BUNDLE$"
+        r"^cannot fetch 'x' of s3://bucket/model, asked 4 times: http://127.0.0.1:1: "
+        r"ConnectionRefusedError: \[Errno 111\] Connection refused; check endpoint, region"
     )
     with pytest.raises(DownloadError, match=pattern):
-        download()
+        read(source, RemoteFile("x", len(CONTENT), None, "1"))
 
 
-def test_certificates_that_cannot_be_read(
-    tls_server: s3.Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such.pem")
-    text = (
-        "cannot read the certificates that AWS_CA_BUNDLE names: FileNotFoundError: [Errno 2] No "
-        "such file or directory: '/no/such.pem'; put the file on every node, or unset the variable"
+class TestProxies:
+    @pytest.fixture
+    def proxy(self, server: s3.Server) -> Iterator[list[bytes]]:
+        """Forward every request to the server; yield what was asked for."""
+        seen: list[bytes] = []
+        listening = socket.create_server(("127.0.0.1", 0))
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        head = connection.recv(65536)
+                        seen.append(head)
+                        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+                        with socket.create_connection(address) as onwards:
+                            onwards.sendall(re.sub(rb"http://[^/]*/", b"/", head, count=1))
+                            onwards.shutdown(socket.SHUT_WR)
+                            while data := onwards.recv(65536):
+                                connection.sendall(data)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        self.url = f"http://us%40er:pass@127.0.0.1:{listening.getsockname()[1]}"
+        yield seen
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join()
+
+    def test_everything_goes_through_it(
+        self,
+        server: s3.Server,
+        proxy: list[bytes],
+        root: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        (root / "bucket/model/small").write_text("small")
+        monkeypatch.setenv("http_proxy", self.url)
+        server.etags = "multipart"
+        with contextlib.closing(open_source("s3://bucket/model")) as opened:
+            files = opened.list_files()
+            assert read(opened, files["we ights"]) == WANTED
+            assert read(opened, files["small"], (0, 5)) == b"small"
+            assert opened.head(files["small"])["content-length"] == "5"
+        assert [head.split()[0] for head in proxy] == [b"GET", b"GET", b"GET", b"HEAD"]
+        assert all(b"Proxy-Authorization: Basic dXNAZXI6cGFzcw==" in head for head in proxy)
+        assert all(head.split()[1].startswith(b"http://127.0.0.1:") for head in proxy)
+        assert len(server.requests) == len(proxy)
+
+    @pytest.mark.parametrize("uri", ["s3://bucket/model", "gs://anonymous@bucket/model"])
+    @pytest.mark.parametrize(
+        "variables",
+        [
+            {"no_proxy": "*"},
+            {"no_proxy": "127.0.0.1"},
+            {"NO_PROXY": "10.0.0.1, 127.0.0.1"},
+        ],
     )
-    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-        download()
+    def test_what_goes_past_it(
+        self,
+        uri: str,
+        variables: dict[str, str],
+        server: s3.Server,
+        proxy: list[bytes],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("http_proxy", self.url)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with contextlib.closing(open_source(uri)) as opened:
+            (file,) = opened.list_files().values()
+            assert read(opened, file) == WANTED
+            opened.head(file)
+        assert proxy == []
 
+    @pytest.mark.parametrize(
+        ("uri", "variable", "no_proxy", "through"),
+        [
+            # boto3 reads neither; requests, and with it the others, reads both.
+            ("s3://bucket/model", "all_proxy", "", False),
+            ("s3://bucket/model", "http_proxy", "127.0.0.0/8", True),
+            ("gs://anonymous@bucket/model", "all_proxy", "", True),
+            ("gs://anonymous@bucket/model", "http_proxy", "127.0.0.0/8", False),
+            ("gs://anonymous@bucket/model", "http_proxy", "", True),
+        ],
+    )
+    def test_all_requests_agree(
+        self,
+        uri: str,
+        variable: str,
+        no_proxy: str,
+        through: bool,
+        server: s3.Server,
+        proxy: list[bytes],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv(variable, self.url)
+        monkeypatch.setenv("no_proxy", no_proxy)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        with contextlib.closing(open_source(uri)) as opened:
+            (file,) = opened.list_files().values()
+            assert read(opened, file) == WANTED
+            opened.head(file)
+        assert len(proxy) == (3 if through else 0)
 
-def test_without_tls_no_certificates_are_read(
-    reader: DirectReader, file: RemoteFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such.pem")
-    assert open_source("s3://bucket/model").list_files()
-    assert read(reader, file) == WANTED
+    @pytest.mark.parametrize("uri", ["s3://bucket/model", "gs://anonymous@bucket/model"])
+    def test_one_that_is_not_there_is_named_without_its_password(
+        self, uri: str, server: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("http_proxy", "http://user:SECRET@127.0.0.1:1")
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        monkeypatch.setattr(other_stores, "RETRIES", {"max_retries": 0})
+        started = time.monotonic()
+        with pytest.raises(DownloadError) as caught:
+            open_source(uri).list_files()
+        text = str(caught.value)
+        assert "the proxy 'http://127.0.0.1:1': " in text
+        assert text.endswith("; check the variables http_proxy, https_proxy and no_proxy")
+        assert "SECRET" not in text
+        assert time.monotonic() - started < 10
+        assert server.requests == []
+
+    def test_one_that_never_answers(
+        self, server: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{silent.getsockname()[1]}")
+            monkeypatch.setenv("RAYSERVE_HOOKS_STALL_S", "0.2")
+            monkeypatch.setattr(reader, "_POLL_S", 0.02)
+            source = open_source("s3://bucket/model")
+            pattern = r"^cannot list s3://bucket/model: the proxy 'http://127.0.0.1:\d+': 0 bytes"
+            with pytest.raises(DownloadError, match=pattern):
+                source.list_files()
