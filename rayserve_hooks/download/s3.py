@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 _SMALL_BYTES = 2**18
 # Keys that every library writes alike into a URL; others are left to our own reader.
 _PLAIN_KEY = re.compile(r"[\w.,=@+ -]+(/[\w.,=@+ -]+)*", re.ASCII)
+_BUCKET = r"[\w.-]{1,255}"  # what botocore takes
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_CLIENTS = 8
 _clients: dict[tuple[object, ...], Client] = {}
@@ -182,6 +183,8 @@ class S3Source(Source):
         super().__init__(uri, caller)
         rest = uri.partition("://")[2].removeprefix(ANONYMOUS)
         self.bucket, _, prefix = rest.partition("/")
+        if not self.bucket.startswith("arn:") and not re.fullmatch(_BUCKET, self.bucket):
+            raise DownloadError(f"{self.shown_uri} names no bucket; write s3://bucket/path")
         self.prefix = f"{prefix}/" if prefix and not prefix.endswith("/") else prefix
         self.client = client_of(self.anonymous)
         self._validators: dict[tuple[str, str], str] = {}

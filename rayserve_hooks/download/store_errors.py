@@ -66,6 +66,10 @@ _ADVICE = {
         "write the endpoint in AWS_ENDPOINT_URL or the configuration file with its scheme, as in "
         "'http://host:9000'"
     ),
+    "PaginationError": "check the endpoint and the proxies: a store ends its listings",
+    "invalid path": (
+        "rename the object: this store's client reads no names with an empty part, '.' or '..'"
+    ),
     "panicked": "a library gave up on these settings: check endpoint, region and credentials",
     "AccessDenied": _CREDENTIALS,
     **dict.fromkeys(("401", "403", "AuthorizationFailure", "AuthenticationFailed"), _CREDENTIALS),
@@ -165,7 +169,7 @@ def _one_line(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """Remove what may hold secrets from a text: query strings, and passwords in URLs."""
-    text = re.sub(r"(\w+://[^\s?]*)\?[^\s)>\"']*", r"\1", text)
+    text = re.sub(r"(\w+://[^\s?]*?)(\?|%3[Ff])[^\s)>\"']*", r"\1", text)
     return re.sub(r"://[^/@\s]*:[^/@\s]*@", "://", text)
 
 
