@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import gzip
 import hashlib
 import os
 import socket
@@ -30,7 +31,7 @@ from xml.sax.saxutils import escape
 
 SO_MAX_PACING_RATE = 47
 MODIFIED = "Thu, 01 Jan 2026 00:00:00 GMT"
-REASONS = {200: "OK", 206: "Partial Content"}
+REASONS = {200: "OK", 206: "Partial Content", 307: "Temporary Redirect"}
 
 
 @dataclass
@@ -40,12 +41,19 @@ class Fault:
     Args:
         kind: ``denied``, ``missing``, ``busy`` (503), ``throttled`` (429), ``truncated`` (half of
             the body, then the end), ``short`` (one byte less than listed, said so), ``reset`` (half
-            of the body, then RST), ``corrupt`` (one byte flipped) or ``slow`` (``delay_s`` first).
+            of the body, then RST), ``corrupt`` (one byte flipped), ``slow`` (``delay_s`` first),
+            ``hang up`` (after the answer), ``error`` (``status`` and ``code``), ``silent`` (no answer), ``stall`` (half of the
+            body, then nothing), ``trickle`` (a byte each ``delay_s``), ``other`` (another ETag,
+            whatever ``If-Match`` says), ``bare`` (no ETag, likewise), ``gzip`` (encoded) or
+            ``redirect`` (307 to ``to``).
         path: The end of the request's path; everything ends with the empty string.
         times: How many requests it hits.
         method: The HTTP method it hits.
         delay_s: For ``slow``.
         start: The first byte of the range it hits; None hits each.
+        status: Of ``error``.
+        code: Of ``error``.
+        to: The server of ``redirect``.
     """
 
     kind: str
@@ -54,6 +62,9 @@ class Fault:
     method: str = "GET"
     delay_s: float = 0.0
     start: int | None = None
+    status: int = 403
+    code: str = "AccessDenied"
+    to: str = ""
 
 
 @dataclass
@@ -80,11 +91,18 @@ class Server:
             store's client, adds.
         crc64: Add the true CRC64NVME of every object to those.
         page_size: Objects in one page of a listing.
+        region: The bucket's region, which signatures have to name.
+        sizes: By path: what a listing says instead of the size.
+        keys: What a listing has besides the files, all of them empty.
+        repeats: A listing's pages never end: ``token`` (each has the token of the one before) or
+            ``cycle`` (the last one leads to the first).
+        listed_etags: A listing has ETags.
         rate: Bytes per second and connection.
         first_byte_s: Delay of each answer.
         faults: What goes wrong.
         requests: ``"METHOD path"`` of each request; a listing is ``"LIST prefix"``.
         heads: The headers of each HEAD, with names in lower case.
+        headers: The same of every request.
         sent: Body bytes of objects, by path.
         connections: How many clients have opened.
         tls: Speak HTTPS.
@@ -96,11 +114,18 @@ class Server:
     checksums: dict[str, dict[str, str]] = field(default_factory=dict)
     crc64: bool = False
     page_size: int = 1000
+    region: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    repeats: str = ""
+    listed_etags: bool = True
+    released: threading.Event = field(default_factory=threading.Event)
     rate: int | None = None
     first_byte_s: float = 0.0
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     heads: list[dict[str, str]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     sent: Counter[str] = field(default_factory=Counter)
     connections: int = 0
     tls: ssl.SSLContext | None = None
@@ -205,12 +230,24 @@ class _Handler(socketserver.StreamRequestHandler):
         listing = azure or "list-type" in request.query
         prefix = request.query.get("prefix", [""])[0]
         self.s3.requests.append(f"LIST {prefix}" if listing else f"{request.method} {request.path}")
+        self.s3.headers.append(request.headers)
         fault = self.s3.fault(request)
+        scope = request.headers.get("authorization", "").split("/")
+        if self.s3.region and len(scope) > 2 and scope[2] != self.s3.region:
+            return self._wrong_region(head=request.method == "HEAD")
         if self.s3.first_byte_s:
             time.sleep(self.s3.first_byte_s)
         if fault is not None:
-            time.sleep(fault.delay_s)
+            if fault.kind == "silent":
+                self.s3.released.wait()
+                return False
+            if fault.kind == "redirect":
+                location = f"{fault.to}/{request.path}"
+                return self._send(307, {"Location": location, "Content-Length": "0"}, b"")
+            if fault.kind != "trickle":
+                time.sleep(fault.delay_s)
             errors = {
+                "error": (fault.status, fault.code, "Said by the store."),
                 "denied": (403, "AccessDenied", "Access Denied"),
                 "missing": (404, "NoSuchKey", "The specified key does not exist."),
                 "busy": (503, "SlowDown", "Please reduce your request rate."),
@@ -228,15 +265,19 @@ class _Handler(socketserver.StreamRequestHandler):
         if not folder.is_dir():
             return self._error(404, "NoSuchBucket", "The specified bucket does not exist")
         keys = self._keys(folder, prefix)
-        first = int(query.get("continuation-token", ["0"])[0])
+        token = query.get("continuation-token", ["0"])[0]
+        first = 0 if token == "again" else int(token)
         size = min(self.s3.page_size, int(query.get("max-keys", ["1000"])[0]))
         page = keys[first : first + size]
         last = first + len(page)
-        more = f"<NextContinuationToken>{last}</NextContinuationToken>" if last < len(keys) else ""
+        next_token = str(last) if last < len(keys) else ""
+        if self.s3.repeats:
+            next_token = "again" if self.s3.repeats == "token" else str(last % len(keys))
+        more = f"<NextContinuationToken>{next_token}</NextContinuationToken>" if next_token else ""
         contents = "".join(
             f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>&quot;{etag}&quot;</ETag></Contents>"
+            f"{f'<ETag>&quot;{etag}&quot;</ETag>' if self.s3.listed_etags else ''}</Contents>"
             for key, size, etag in self._described(folder, page)
         )
         truncated = f"<IsTruncated>{str(bool(more)).lower()}</IsTruncated>"
@@ -244,17 +285,21 @@ class _Handler(socketserver.StreamRequestHandler):
         text = f"<ListBucketResult>{truncated}{more}{contents}</ListBucketResult>"
         return self._send(200, {"Content-Type": "application/xml"}, text.encode())
 
-    @staticmethod
-    def _keys(folder: Path, prefix: str) -> list[str]:
+    def _keys(self, folder: Path, prefix: str) -> list[str]:
         above = len(f"{folder}/")
         files = (f"{parent}/{name}" for parent, _, names in os.walk(folder) for name in names)
-        return sorted(key for file in files if (key := file[above:]).startswith(prefix))
+        found = {key for file in files if (key := file[above:]).startswith(prefix)}
+        return sorted(found | {key for key in self.s3.keys if key.startswith(prefix)})
 
     def _described(self, folder: Path, keys: list[str]) -> Iterator[tuple[str, int, str]]:
         for key in keys:
+            if key in self.s3.keys:
+                yield key, 0, hashlib.md5(b"", usedforsecurity=False).hexdigest()
+                continue
             file = f"{folder}/{key}"
             status = os.stat(file)
-            yield key, status.st_size, self.s3.etag_of(file, status)
+            size = self.s3.sizes.get(f"{folder.name}/{key}", status.st_size)
+            yield key, size, self.s3.etag_of(file, status)
 
     def _list_azure(self, container: str, prefix: str, query: dict[str, list[str]]) -> bool:
         folder = self.s3.root / container
@@ -285,11 +330,16 @@ class _Handler(socketserver.StreamRequestHandler):
                 head=request.method == "HEAD",
             )
         etag, size = f'"{self.s3.etag_of(file, status)}"', status.st_size
-        if request.headers.get("if-match", etag).strip('"') != etag.strip('"'):
+        ignores = fault is not None and fault.kind in ("other", "bare")
+        if fault is not None and fault.kind == "other":
+            etag = '"other"'
+        if request.headers.get("if-match", etag).strip('"') != etag.strip('"') and not ignores:
             return self._error(
                 412, "PreconditionFailed", "At least one of the pre-conditions did not hold"
             )
         headers = {"ETag": etag, "Last-Modified": MODIFIED, "Accept-Ranges": "bytes"}
+        if fault is not None and fault.kind == "bare":
+            headers = {}
         if request.method == "HEAD":
             self.s3.heads.append(request.headers)
             if request.headers.get("x-amz-checksum-mode") or request.path in self.s3.checksums:
@@ -323,19 +373,33 @@ class _Handler(socketserver.StreamRequestHandler):
             body[len(body) // 2] ^= 1
             self._account(request.path, len(body))
             return self._send(status, headers, bytes(body))
+        if kind == "gzip":
+            opened.seek(start)
+            body = bytearray(gzip.compress(opened.read(end - start)))
+            headers |= {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
+            return self._send(status, headers, bytes(body))
         self._send(status, headers, None)
-        stop = start + (end - start) // 2 if kind in ("truncated", "reset") else end
+        if kind == "trickle":
+            opened.seek(start)
+            for byte in opened.read(end - start):
+                self.wfile.write(bytes([byte]))
+                if self.s3.released.wait(fault.delay_s if fault else 0):
+                    return False
+            return True
+        stop = start + (end - start) // 2 if kind in ("truncated", "reset", "stall") else end
         offset = start
         while offset < stop:
             sent = self._send_file(opened, offset, stop - offset)
             self._account(request.path, sent)
             offset += sent
+        if kind == "stall":
+            self.s3.released.wait()
         if kind == "reset":
             # The client reads what it has been sent before the RST throws the rest away.
             time.sleep(0.02)
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        return stop == end
+        return stop == end and kind != "hang up"
 
     def _send_file(self, opened: FileIO, offset: int, count: int) -> int:
         if isinstance(self.connection, ssl.SSLSocket):
@@ -350,6 +414,14 @@ class _Handler(socketserver.StreamRequestHandler):
         if path in self.s3.checksums:
             return self.s3.checksums[path]
         return crc64_headers(file.read_bytes()) if self.s3.crc64 else {}
+
+    def _wrong_region(self, *, head: bool) -> bool:
+        text = (
+            "<Error><Code>AuthorizationHeaderMalformed</Code><Message>the region is wrong"
+            f"</Message><Region>{self.s3.region}</Region></Error>"
+        ).encode()
+        headers = {"x-amz-bucket-region": self.s3.region, "Content-Length": str(len(text))}
+        return self._send(400, headers, b"" if head else text)
 
     def _error(self, status: int, code: str, message: str, *, head: bool = False) -> bool:
         text = (
@@ -402,7 +474,10 @@ def serving(root: Path, port: int = 0, tls: ssl.SSLContext | None = None) -> Ite
         url = f"{'https' if tls else 'http'}://127.0.0.1:{tcp.server_address[1]}"
         tcp.s3 = Server(root, url, tls=tls)
         with answering(tcp):
-            yield tcp.s3
+            try:
+                yield tcp.s3
+            finally:
+                tcp.s3.released.set()
 
 
 @contextlib.contextmanager

@@ -132,7 +132,9 @@ class ModelCache:
         advice = "which cannot name a folder; store the revision there, or delete it"
         if hash_object.size > _REVISION_BYTES:
             raise DownloadError(f"{shown} holds {hash_object.size:,} bytes, {advice}")
-        revision = self._source.read(hash_object.path).decode("ascii", "replace").strip()
+        revision = (
+            self._source.read(hash_object.path, _REVISION_BYTES).decode("ascii", "replace").strip()
+        )
         if not _REVISION.fullmatch(revision):
             raise DownloadError(f"{shown} holds {revision!r}, {advice}")
         return revision

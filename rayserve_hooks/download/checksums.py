@@ -7,7 +7,6 @@ checksum of its parts' checksums, which S3 may have instead of the full object's
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import re
 import zlib
@@ -16,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayserve_hooks.download.stores import RemoteFile, Source, aws_region, message_of
+from rayserve_hooks.download.store_errors import message_of
+from rayserve_hooks.download.stores import RemoteFile, Source
 
 _READ_BYTES = 2**20
-_TIMEOUT_S = 30
-_SCHEMES = ("s3", "gs", "azure", "abfss")
+_DIGEST_BYTES = {"crc64nvme": 8, "crc32c": 4, "crc32": 4, "sha256": 32, "sha1": 20, "md5": 16}
 # Computing an MD5 takes longer than the download, so a faster checksum is requested of large files.
 _ABOVE_BYTES = 64 * 2**20
 _MD5_ETAG = re.compile(r'"?([0-9a-f]{32})"?')
@@ -94,8 +93,8 @@ class Heads:
 
     def __init__(self, source: Source) -> None:
         self.source, self._logger = source, source.caller.logger
-        self._usable = source.scheme in _SCHEMES
-        self._etags_are_md5 = True  # until a response shows otherwise
+        self._usable = source.can_head()
+        self._etags_are_md5 = source.scheme == "s3"  # there, until an answer shows otherwise
 
     def wanted(self, file: RemoteFile) -> bool:
         """Return whether the listing has no checksum of an object, or only a slow one."""
@@ -103,88 +102,81 @@ class Heads:
         return self._usable and (file.size > _ABOVE_BYTES or not has_md5)
 
     def of(self, file: RemoteFile) -> Head | None:
-        """Return an object's head; None if the store refuses, has none, or boto3 is missing."""
-        signed = self._signed(file.path) if self._usable else None
-        if signed is None:
+        """Return an object's head; None if the store refuses or has none."""
+        if not self._usable:
             return None
-        import urllib.request  # costs more than the rest of this module
-
-        url, fields = signed
-        # The endpoint is the operator's own setting, and https by default.
-        request = urllib.request.Request(url, method="HEAD", headers=fields)  # noqa: S310
         try:
-            tls = self.source.tls if request.type == "https" else None
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=tls) as response:  # noqa: S310
-                headers = response.headers
+            headers = self.source.head(file)
         except Exception as error:  # not worth a failed download, whatever it is
             uri, why = self.source.shown_uri, message_of(error)
-            self._logger.warning("no checksum for %s of %s: %s", file.path, uri, why)
+            if "auth is not supported" in why:  # a SAS token signs nothing; it will be so for all
+                self._usable = False
+                text = (
+                    "%s: some files are verified by size only, because the store cannot be asked "
+                    "for their checksum: %s"
+                )
+                self._logger.warning(text, uri, why)
+            else:
+                self._logger.warning("no checksum for %s of %s: %s", file.path, uri, why)
             return None
-        etags = {str(etag).strip('"') for etag in (headers.get("ETag", file.etag), file.etag)}
+        etags = {str(etag).strip('"') for etag in (headers.get("etag") or file.etag, file.etag)}
         if len(etags) > 1:  # only some listings have the quotes
             return None  # another version; the ranges, which are pinned to ours, will fail
         encrypted = headers.get("x-amz-server-side-encryption", "AES256") != "AES256"
         own_key = "x-amz-server-side-encryption-customer-algorithm" in headers
         etag_is_md5 = self.source.scheme == "s3" and not (encrypted or own_key)
         self._etags_are_md5 &= etag_is_md5
-        return Head(_full_checksum(headers), etag_is_md5)
+        return Head(self._checksum(file, headers), etag_is_md5)
 
-    def _signed(self, path: str) -> tuple[str, dict[str, str]] | None:
-        """Return URL and headers, with the credentials that the downloads use."""
-        try:
-            if self.source.scheme == "s3":
-                return self._signed_for_s3(path)
-            # Azure signs permissions instead of methods; reading is the permission of GET.
-            google = self.source.scheme == "gs"
-            return self.source.readable_url_of(path, "HEAD" if google else "GET"), {}
-        except Exception as error:  # whatever botocore or obstore raise; it will be so for all
-            self._usable = False
-            missing = isinstance(error, ImportError)
-            self._logger.warning(
-                "%s: some files are verified by size only, because the store cannot be asked for "
-                "their checksum: %s%s",
-                self.source.shown_uri,
-                message_of(error),
-                "; install 'rayserve_hooks[download]' on every node" if missing else "",
-            )
+    def _checksum(self, file: RemoteFile, headers: Mapping[str, str]) -> str | None:
+        found, malformed = full_checksum(headers)
+        if malformed:
+            text = "%s of %s: the store sends %s, which is no checksum; it is ignored"
+            shown = ", ".join(f"{name}: {value!r}" for name, value in malformed)
+            self._logger.warning(text, file.path, self.source.shown_uri, shown)
+        return found
+
+
+def full_checksum(headers: Mapping[str, str]) -> tuple[str | None, list[tuple[str, str]]]:
+    """Return the fastest checksum of the whole object that can be computed here.
+
+    Args:
+        headers: Of the answer, with their names in lower case.
+
+    Returns:
+        The checksum, if any, and the headers that hold what cannot be one.
+    """
+    malformed: list[tuple[str, str]] = []
+
+    def valid(header: str, algorithm: str, value: str) -> str | None:
+        if new_hash(algorithm) is None:
             return None
+        try:
+            digest = base64.b64decode(value, validate=True)
+        except ValueError:
+            digest = b""
+        if len(digest) == _DIGEST_BYTES[algorithm]:
+            return checksum_text(algorithm, digest)
+        malformed.append((header, value))
+        return None
 
-    def _signed_for_s3(self, path: str) -> tuple[str, dict[str, str]]:
-        """Sign as botocore does; obstore's signed URLs cannot request a checksum.
-
-        Not with a client of boto3: creating one holds the GIL for 100 ms, for one kind of request.
-        """
-        headers = {"x-amz-checksum-mode": "ENABLED"}
-        if self.source.anonymous:
-            return self.source.url_of(path), headers
-        session = self._session
-        from botocore.auth import S3SigV4Auth
-        from botocore.awsrequest import AWSRequest
-
-        region = aws_region() or session.region_name or "us-east-1"
-        url = self.source.url_of(path, region)
-        signed = AWSRequest("HEAD", url, headers=headers)
-        S3SigV4Auth(session.get_credentials(), "s3", region).add_auth(signed)
-        return url, dict(signed.headers.items())
-
-    @functools.cached_property
-    def _session(self) -> Any:
-        import boto3
-
-        return boto3.Session()
-
-
-def _full_checksum(headers: Mapping[str, str]) -> str | None:
-    """Return the fastest checksum of the whole object that can be computed here."""
+    candidates: list[tuple[str, str, str]] = []
+    # Some stores do not send the type.
+    full = headers.get("x-amz-checksum-type", "FULL_OBJECT") == "FULL_OBJECT"
     for algorithm in ("crc64nvme", "crc32c", "crc32", "sha256", "sha1"):
-        value = headers.get(f"x-amz-checksum-{algorithm}")
-        # A checksum of checksums ends in the number of parts; some stores do not send the type.
-        kind = headers.get("x-amz-checksum-type", "FULL_OBJECT")
-        full = kind == "FULL_OBJECT" and "-" not in str(value)
-        if value and full and new_hash(algorithm) is not None:
-            return f"{algorithm}:{value}"
-    google = dict(re.findall(r"(crc32c|md5)=([\w+/]+=*)", headers.get("x-goog-hash", "")))
-    if "crc32c" in google and new_hash("crc32c") is not None:
-        return f"crc32c:{google['crc32c']}"
-    md5 = google.get("md5") or headers.get("Content-MD5")
-    return f"md5:{base64.b64decode(md5).hex()}" if md5 else None
+        header = f"x-amz-checksum-{algorithm}"
+        value = headers.get(header, "")
+        # A checksum of checksums ends in the number of parts.
+        if value and full and re.fullmatch(r".*-\d+", value) is None:
+            candidates.append((header, algorithm, value))
+    sent = headers.get("x-goog-hash", "")
+    google = dict(re.findall(r"(crc32c|md5)=([^,\s]*)", sent))
+    candidates += [("x-goog-hash", name, google[name]) for name in sorted(google)]
+    if sent and not google:
+        malformed.append(("x-goog-hash", sent))
+    if md5 := headers.get("content-md5"):
+        candidates.append(("content-md5", "md5", md5))
+    for candidate in candidates:
+        if (found := valid(*candidate)) is not None:
+            return found, malformed
+    return None, malformed

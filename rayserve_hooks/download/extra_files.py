@@ -24,6 +24,7 @@ from rayserve_hooks.download.state import (
     record_of,
     unwritable,
 )
+from rayserve_hooks.download.store_errors import shown
 from rayserve_hooks.download.stores import STATE_FOLDER, RemoteFile, Source, open_source
 from rayserve_hooks.download.transfer import fetch
 
@@ -39,8 +40,10 @@ def download_extra(uri: str, target: Path, caller: Caller) -> None:
     Raises:
         DownloadError: The store refused, or the folder cannot be written.
     """
-    source = open_source(uri, caller)
-    with node_lock(target, f"extra files of {source.shown_uri}", caller):
+    with (
+        node_lock(target, f"extra files of {shown(uri)}", caller),
+        contextlib.closing(open_source(uri, caller)) as source,
+    ):
         try:
             _complete(source, target)
         except OSError as error:

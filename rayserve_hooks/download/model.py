@@ -19,6 +19,7 @@ from rayserve_hooks.download.cache import ModelCache
 from rayserve_hooks.download.caller import STANDALONE, Caller
 from rayserve_hooks.download.extra_files import download_extra
 from rayserve_hooks.download.node_lock import node_lock
+from rayserve_hooks.download.store_errors import no_panics, shown
 from rayserve_hooks.download.stores import open_source
 from rayserve_hooks.errors import DownloadError, describe
 
@@ -70,21 +71,25 @@ def download_node(
         DownloadError: The store refused, has no such files or sent damaged ones, or the files
             cannot be written.
     """
-    for uri, destination in mirror.extra_files if mirror else ():
-        download_extra(uri, Path(os.path.expandvars(destination)).expanduser(), caller)
-    if mode is NodeModelDownloadable.NONE:
+    with no_panics():
+        for uri, destination in mirror.extra_files if mirror else ():
+            download_extra(uri, Path(os.path.expandvars(destination)).expanduser(), caller)
+        if mode is NodeModelDownloadable.NONE:
+            return None
+        if mirror is not None and mirror.bucket_uri is not None:
+            return str(_download_model(model_id, mirror.bucket_uri, mode, caller))
+        if from_hub and not _is_path(model_id):
+            return _download_from_hub(model_id, mode, caller)
         return None
-    if mirror is not None and mirror.bucket_uri is not None:
-        return str(_download_model(model_id, mirror.bucket_uri, mode, caller))
-    if from_hub and not _is_path(model_id):
-        return _download_from_hub(model_id, mode, caller)
-    return None
 
 
 def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable, caller: Caller) -> Path:
-    source, folder = open_source(uri, caller), model_folder(model_id)
-    purpose = f"{caller.label or model_id}, {mode.name} of {source.shown_uri}"
-    with node_lock(folder, purpose, caller):
+    folder = model_folder(model_id)
+    purpose = f"{caller.label or model_id}, {mode.name} of {shown(uri)}"
+    with (
+        node_lock(folder, purpose, caller),
+        contextlib.closing(open_source(uri, caller)) as source,
+    ):
         listing = source.list_files()
         hash_object = listing.pop(REVISION_OBJECT, None)
         wanted = [file for path, file in listing.items() if _selected(path, mode)]

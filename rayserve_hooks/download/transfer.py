@@ -10,30 +10,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import random
 import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from rayserve_hooks.download import checksums
 from rayserve_hooks.download.caller import Progress
 from rayserve_hooks.download.checksums import Heads, expected_checksum
-from rayserve_hooks.download.direct import DirectReader
 from rayserve_hooks.download.partials import PartialFile, Span, plan, segment_crc
 from rayserve_hooks.download.state import Content, unwritable
-from rayserve_hooks.download.stores import RemoteFile, failure
+from rayserve_hooks.download.stores import RemoteFile
 from rayserve_hooks.errors import DownloadError
 
-if TYPE_CHECKING:
-    from obstore import GetOptions
-
-# Of obstore's bodies. Small enough that a buffer is reused: larger ones take longer to allocate
-# than to fill. Memory in use is about three chunks per stream, or all small files being fetched.
-CHUNK_BYTES = 2**18
 # Threads, not an event loop: they need a third less time for the same bytes. A connection to S3
 # transfers about 90 MB/s, others less, and machines with more cores have faster networks: at
 # 20 MB/s per connection 64 take less than half of the time of 24, but 10 % more on two cores that
@@ -45,9 +37,6 @@ SMALL_STREAMS = 128
 # Threads that write and publish small files: more would only wait for each other, for the GIL and
 # for the folder's lock; fewer would be slow if the cache is on a share.
 PUBLISHERS = 2
-# obstore retries requests, and bodies too where it can; this covers the bodies it cannot.
-BODY_ATTEMPTS = 4
-BACKOFF_S = 0.2
 # How often the waiting thread checks for cancellation and reports the progress.
 WAKE_S = 1.0
 _HEAD_STREAMS = 4
@@ -92,14 +81,14 @@ def fetch(
             os.makedirs(parent, exist_ok=True)
     except OSError as error:
         raise unwritable(error, folder) from error
-    progress = Progress(heads.source.uri, total, total - todo, heads.source.caller)
+    progress = Progress(heads.source.shown_uri, total, total - todo, heads.source.caller)
     with contextlib.closing(progress), ThreadPoolExecutor(_HEAD_STREAMS, "head") as head_pool:
         transfer = _Transfer(heads, head_pool, progress, publish)
         try:
             transfer.run(partials)
         finally:
             head_pool.shutdown(cancel_futures=True)
-            transfer.direct.close()
+            heads.source.close()
             for partial in partials:
                 partial.close()
     return progress.done - progress.reused
@@ -127,7 +116,7 @@ class _Transfer:
         self, heads: Heads, head_pool: ThreadPoolExecutor, progress: Progress, publish: Publish
     ) -> None:
         self._source, self._heads, self._head_pool = heads.source, heads, head_pool
-        self._caller, self.direct = heads.source.caller, DirectReader(heads.source)
+        self._caller = heads.source.caller
         self._progress, self._publish = progress, publish
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -170,6 +159,7 @@ class _Transfer:
                 self._wait(workers)
             except BaseException:
                 self._stop.set()  # the pool waits for its threads
+                self._source.stop()
                 raise
         return self._damaged
 
@@ -220,51 +210,14 @@ class _Transfer:
         try:
             with self._lock:
                 partial.open()
-            # Closed here, also where a failed download leaves it half read: its connection, too.
-            with contextlib.closing(self.direct.read(partial.file, span)) as parts:
-                start = self._take(parts, partial.file, span, partial.write)
-            self._receive(partial.file, (start, span[1]), partial.write)
+            self._receive(partial.file, span, partial.write)
         except OSError as error:
             raise unwritable(error, partial.path) from error
 
     def _receive(self, file: RemoteFile, span: Span, consume: Consume) -> None:
         """Consume a range in order; resume where a body breaks off."""
-        self._take(self._parts(file, span), file, span, consume)
-
-    def _parts(self, file: RemoteFile, span: Span) -> Iterator[memoryview]:
-        import obstore
-        from obstore.exceptions import GenericError
-
-        start, end = span
-        what = f"cannot fetch {file.path!r} of {self._source.uri}"
-        problem: Exception | None = None
-        attempts = 0
-        while start < end:
-            if attempts == BODY_ATTEMPTS:
-                if problem is not None:
-                    raise failure(what, problem) from problem
-                raise DownloadError(
-                    f"{what}: the body ended {end - start} bytes early, {BODY_ATTEMPTS} times; the "
-                    "store or a proxy cuts it off, or lists another size: check both"
-                )
-            if attempts:
-                self._stop.wait(random.uniform(0.5, 1) * BACKOFF_S * 2**attempts)
-            attempts += 1
-            options: GetOptions = {}
-            if file.etag is not None:
-                options["if_match"] = file.etag
-            if (start, end) != (0, file.size):
-                options["range"] = (start, end)
-            result = None
-            try:
-                result = obstore.get(self._source.store, file.path, options=options)
-                for chunk in result.stream(CHUNK_BYTES):
-                    yield memoryview(chunk)
-                    start += len(chunk)
-            except Exception as error:  # obstore raises classes of its own per store
-                if result is None or not isinstance(error, GenericError):
-                    raise failure(what, error) from error
-                problem = error
+        with contextlib.closing(self._source.parts(file, span)) as parts:
+            self._take(parts, file, span, consume)
 
     def _take(
         self, parts: Iterator[memoryview], file: RemoteFile, span: Span, consume: Consume
@@ -274,7 +227,8 @@ class _Transfer:
         for part in parts:
             if self._stop.is_set():
                 raise DownloadError(
-                    f"cannot fetch {file.path!r} of {self._source.uri}: another file has failed"
+                    f"cannot fetch {file.path!r} of {self._source.shown_uri}: another file has "
+                    "failed"
                 )
             # Excess bytes would belong to another range.
             view = part[: end - start]
@@ -290,8 +244,8 @@ class _Transfer:
             size = os.path.getsize(partial.path) if data is None else len(data)
             if size != partial.file.size:
                 raise DamagedError(
-                    f"{partial.file.path!r} of {self._source.uri} has {size} bytes on disk, but "
-                    f"{partial.file.size} in the store"
+                    f"{partial.file.path!r} of {self._source.shown_uri} has {size} bytes on disk, "
+                    f"but {partial.file.size} in the store"
                 )
             content = self._verified(partial, Path(partial.path) if data is None else data)
             if data is not None:
@@ -315,9 +269,9 @@ class _Transfer:
             return Content(digest(segment_crc()[0]), "size")
         if got != expected:
             raise DamagedError(
-                f"{file.path!r} of {self._source.uri} has the checksum {expected!r} in the store, "
-                f"but {got!r} here; it is damaged in the store or on the way: upload it again, or "
-                "look for a proxy that changes it"
+                f"{file.path!r} of {self._source.shown_uri} has the checksum {expected!r} in the "
+                f"store, but {got!r} here; it is damaged in the store or on the way: upload it "
+                "again, or look for a proxy that changes it"
             )
         return Content(expected, "checksum")
 

@@ -1,16 +1,14 @@
 """What is computed, and what is made of a store's answers; how it is asked is in test_transfer."""
 
 import sys
-from email.message import Message
 from pathlib import Path
-from typing import Any
 
 import pytest
 import s3
 
 from rayserve_hooks.download import checksums
 from rayserve_hooks.download.checksums import Head, Heads, expected_checksum
-from rayserve_hooks.download.stores import RemoteFile, Source
+from rayserve_hooks.download.stores import RemoteFile, open_source
 
 # The check values of the catalogue of CRCs, and of RFC 1321, 3174 and 6234, in the stores' writing.
 KNOWN = {
@@ -53,9 +51,8 @@ def file(etag: str | None, size: int = 1) -> RemoteFile:
     return RemoteFile("weights", size, etag, "1")
 
 
-def asking(uri: str = "s3://bucket/model") -> Heads:
-    store: Any = object()
-    return Heads(Source(uri, store))
+def asking(uri: str = "s3://anonymous@bucket/model") -> Heads:
+    return Heads(open_source(uri))
 
 
 @pytest.mark.parametrize(
@@ -80,12 +77,12 @@ def test_the_checksum_that_a_file_should_have(
 @pytest.mark.parametrize(
     ("uri", "remote", "wanted"),
     [
-        ("s3://bucket/model", file(MD5), False),
-        ("s3://bucket/model", file(f"{MD5}-2"), True),
-        ("s3://bucket/model", file(MD5, LARGE), True),
-        ("gs://bucket/model", file(MD5, LARGE), True),
+        ("s3://anonymous@bucket/model", file(MD5), False),
+        ("s3://anonymous@bucket/model", file(f"{MD5}-2"), True),
+        ("s3://anonymous@bucket/model", file(MD5, LARGE), True),
+        ("gs://anonymous@bucket/model", file(MD5, LARGE), True),
         ("azure://c@a.blob.core.windows.net/model", file("0x8D9"), True),
-        ("file:///models", file(None, LARGE), False),
+        ("file:///tmp", file(None, LARGE), False),
     ],
 )
 def test_a_store_is_asked_where_its_listing_does_not_do(
@@ -98,19 +95,62 @@ def test_a_store_is_asked_where_its_listing_does_not_do(
     ("headers", "checksum"),
     [
         ({}, None),
-        ({"x-amz-checksum-crc32": "c", "x-amz-checksum-crc64nvme": "a"}, "crc64nvme:a"),
+        (
+            {"x-amz-checksum-crc32": "y/Q5Jg==", "x-amz-checksum-crc64nvme": "rosUhgp5mIg="},
+            "crc64nvme:rosUhgp5mIg=",
+        ),
         ({"x-amz-checksum-sha256": "b", "x-amz-checksum-type": "COMPOSITE"}, None),
         ({"x-amz-checksum-sha256": "b-2"}, None),
-        ({"x-goog-hash": "crc32c=n03x6A==,md5=AAAA"}, "crc32c:n03x6A=="),
+        ({"x-goog-hash": "crc32c=n03x6A==,md5=kAFQmDzST7DWlj99KOF/cg=="}, "crc32c:n03x6A=="),
         ({"x-goog-hash": "md5=kAFQmDzST7DWlj99KOF/cg=="}, "md5:900150983cd24fb0d6963f7d28e17f72"),
         ({"Content-MD5": "kAFQmDzST7DWlj99KOF/cg=="}, "md5:900150983cd24fb0d6963f7d28e17f72"),
     ],
 )
 def test_the_checksum_of_a_head(headers: dict[str, str], checksum: str | None) -> None:
-    message = Message()  # as urllib gives them: names in any case
-    for name, value in headers.items():
-        message[name.upper()] = value
-    assert checksums._full_checksum(message) == checksum  # type: ignore[arg-type]
+    lower = {name.lower(): value for name, value in headers.items()}
+    assert checksums.full_checksum(lower) == (checksum, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("content-md5", "abc"),
+        ("content-md5", "not base64 at all"),
+        ("content-md5", "AAAA"),
+        ("content-md5", "\xe9"),
+        ("x-goog-hash", "crc32c=AAAAAAAA"),
+        ("x-goog-hash", "crc32c=?,md5=!"),
+        ("x-goog-hash", "nonsense"),
+        ("x-amz-checksum-crc64nvme", "AAAAAA=="),
+        ("x-amz-checksum-crc32c", "rosUhgp5mIg="),
+        ("x-amz-checksum-sha256", "x"),
+        ("x-amz-checksum-sha1", "-"),
+    ],
+)
+def test_a_header_that_holds_no_checksum_is_ignored(name: str, value: str) -> None:
+    found, malformed = checksums.full_checksum({name: value})
+    assert found is None
+    assert {header for header, _ in malformed} == {name}
+    sound = {"x-amz-checksum-crc32": "y/Q5Jg=="}
+    assert checksums.full_checksum({name: value, **sound})[0] == "crc32:y/Q5Jg=="
+
+
+def test_a_header_that_holds_no_checksum_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "bucket" / "model"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_text("content")
+    with s3.serving(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        server.checksums["bucket/model/weights"] = {"x-amz-checksum-crc32c": "abc"}
+        remote = file(server.etag(folder / "weights"))
+        assert asking().of(remote) == Head(None, etag_is_md5=True)
+    text = (
+        "weights of s3://anonymous@bucket/model: the store sends x-amz-checksum-crc32c: 'abc', "
+        "which is no checksum; it is ignored"
+    )
+    assert text in caplog.text
 
 
 def test_once_an_etag_was_no_md5_all_files_are_asked_for(
@@ -130,4 +170,4 @@ def test_once_an_etag_was_no_md5_all_files_are_asked_for(
 
 
 def test_a_store_of_another_kind_is_not_asked() -> None:
-    assert asking("file:///models").of(file(None)) is None
+    assert asking("file:///tmp").of(file(None)) is None

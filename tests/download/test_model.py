@@ -8,7 +8,6 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import Mock
 
 import hub
 import pytest

@@ -1,218 +1,306 @@
+"""URIs, keys and listings, whatever the store; what only one kind has is beside its module."""
+
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import os
 import re
-import socket
-import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import moto_server
 import pytest
+import s3
 
-from rayserve_hooks.download import stores
+from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.download import reader, stores
+from rayserve_hooks.download.caller import Caller
+from rayserve_hooks.download.model import Mirror, download_node
+from rayserve_hooks.download.store_errors import shown
 from rayserve_hooks.download.stores import open_source
 from rayserve_hooks.errors import DownloadError
 
+ALL = NodeModelDownloadable.MODEL_AND_TOKENIZER
+pytestmark = pytest.mark.usefixtures("clean")
 
-@pytest.fixture(autouse=True)
-def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("AWS_", "AZURE_", "GOOGLE_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+
+def listed(uri: str) -> list[str]:
+    with contextlib.closing(open_source(uri)) as source:
+        return sorted(source.list_files())
+
+
+def downloaded(uri: str) -> dict[str, bytes]:
+    path = download_node("org/tiny", Mirror(uri), ALL)
+    assert path is not None
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in Path(path).rglob("*")
+        if file.is_file()
+    }
+
+
+ODD = [
+    "tiny#2",
+    "a b",
+    "a%20b",
+    "a+b",
+    "tiny?x",
+    "tiny?x=1&y=2",
+    "tïny/模型",
+    "models//tiny",
+    "/tiny",
+    "tiny/.",
+    "tiny/../other",
+    "it's (1) [2] {3} ~*;:@=&,$!^|\\\"<>`",
+    "%2e%2e/x",
+    "anonymous@x",
+]
+
+
+class TestOnMoto:
+    @pytest.mark.parametrize("prefix", ODD)
+    @pytest.mark.parametrize("slash", ["", "/"])
+    def test_a_uri_is_taken_as_it_is(self, prefix: str, slash: str, moto: str) -> None:
+        decoys = {"tiny", "a", "a b", "a%20b", "models/tiny", "other", "tiny/other"} - {prefix}
+        objects = {f"{decoy}/config.json": b"decoy" for decoy in decoys}
+        objects |= {f"{prefix}/config.json": b"{}", f"{prefix}/sub/x#y %41?z.txt": b"text"}
+        moto_server.fill(moto, "bucket", objects)
+        wanted = {"config.json": b"{}", "sub/x#y %41?z.txt": b"text"}
+        if prefix in ("tiny", "a"):
+            return
+        assert downloaded(f"s3://bucket/{prefix}{slash}") == wanted
+
+    @pytest.mark.parametrize("reading", ["small", "large"])
+    def test_keys_that_only_some_libraries_write_alike(
+        self, reading: str, moto: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys = [*(key for key in ODD if ".." not in key and "//" not in key), "~", "é"]
+        keys = [key for key in keys if not key.startswith("/") and not key.endswith("/.")]
+        objects = {key: key.encode() for key in keys}
+        moto_server.fill(moto, "bucket", {f"m/{key}": body for key, body in objects.items()})
+        if reading == "large":
+            monkeypatch.setattr("rayserve_hooks.download.s3._SMALL_BYTES", 0)
+        assert downloaded("s3://bucket/m") == objects
+
+    def test_markers_of_folders(self, moto: str) -> None:
+        objects = {
+            "tiny/": b"",
+            "tiny/original/": b"",
+            "tiny/original/sub//": b"",
+            "tiny/onnx/": b"",
+            "tiny/original/params.json": b"{}",
+            "tiny/empty.txt": b"",
+            "tiny/config.json": b"{}",
+        }
+        moto_server.fill(moto, "bucket", objects)
+        assert downloaded("s3://bucket/tiny") == {
+            "original/params.json": b"{}",
+            "empty.txt": b"",
+            "config.json": b"{}",
+        }
+
+    def test_a_folder_with_bytes_is_told(self, moto: str, caplog: pytest.LogCaptureFixture) -> None:
+        moto_server.fill(moto, "bucket", {"tiny/onnx/": b"12345", "tiny/config.json": b"{}"})
+        assert listed("s3://bucket/tiny") == ["config.json"]
+        text = (
+            "s3://bucket/tiny: 'onnx/' is left out: its name is that of a folder, but it has 5 "
+            "bytes"
+        )
+        assert text in caplog.text
+
+    def test_a_file_and_a_folder_of_one_name(self, moto: str, tmp_path: Path) -> None:
+        moto_server.fill(moto, "bucket", {"t/a": b"1", "t/a/c/b.json": b"{}"})
+        text = (
+            "s3://bucket/t holds both 'a' and 'a/c/b.json', and no folder on disk can: one of them "
+            "has to be renamed or deleted in the store"
+        )
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+            downloaded("s3://bucket/t")
+        assert not list(tmp_path.rglob("snapshots"))
+
+    @pytest.mark.parametrize(
+        ("key", "problem"),
+        [
+            ("/x", "which would leave the folder it goes to; rename it"),
+            ("//etc/passwd", "which would leave the folder it goes to; rename it"),
+            ("../x", "which would leave the folder it goes to; rename it"),
+            ("a/../../x", "which would leave the folder it goes to; rename it"),
+            ("a/..", "which would leave the folder it goes to; rename it"),
+            (
+                "a//x",
+                "of which a part is empty or '.': no file can have that path; rename it, or name a "
+                "folder below it in the URI",
+            ),
+            ("./x", "of which a part is empty or '.': no file can have that path; rename it"),
+            ("a/.", "of which a part is empty or '.': no file can have that path; rename it"),
+            (
+                f"a/{'n' * 256}",
+                "which is too long for a file: a name has at most 255 bytes, a path 3,072",
+            ),
+            ("ü" * 128, "which is too long for a file: a name has at most 255 bytes"),
+        ],
+    )
+    def test_a_key_that_no_file_can_have(
+        self, key: str, problem: str, moto: str, tmp_path: Path
+    ) -> None:
+        moto_server.fill(moto, "bucket", {f"tiny/{key}": b"x", "tiny/config.json": b"{}"})
+        text = f"s3://bucket/tiny holds an object {key!r}, {problem}"
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}"):
+            downloaded("s3://bucket/tiny")
+        assert not list(tmp_path.rglob("snapshots"))
+
+    def test_the_object_hash_is_small(self, moto: str) -> None:
+        objects = {"tiny/config.json": b"{}", "tiny/hash": b"a" * 4097}
+        moto_server.fill(moto, "bucket", objects)
+        text = (
+            "the object 'hash' of s3://bucket/tiny has 4,097 bytes, but at most 4,096 are read of "
+            "it; correct it, or delete it"
+        )
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+            downloaded("s3://bucket/tiny")
+
+    @pytest.mark.parametrize("prefix", ["", "/"])
+    def test_a_whole_bucket(self, prefix: str, moto: str) -> None:
+        moto_server.fill(moto, "bucket", {"config.json": b"{}", ".rayserve_hooks/x": b"1"})
+        assert listed(f"s3://bucket{prefix}") == ["config.json"]
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Server]:
+    folder = tmp_path / "buckets" / "bucket" / "tiny"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "weights"):
+        (folder / name).write_text(name)
+    with s3.serving(tmp_path / "buckets") as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
+        yield running
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/tiny", "gs://anonymous@bucket/tiny"])
+class TestBounds:
+    @pytest.mark.parametrize("repeats", ["token", "cycle"])
+    def test_a_listing_without_end(self, repeats: str, uri: str, server: s3.Server) -> None:
+        server.repeats, server.page_size = repeats, 1
+        pattern = (
+            rf"^cannot list {re.escape(uri)}: (it repeats itself after [12] objects; check the "
+            r"endpoint and the proxies: a store ends its listings|\S*PaginationError: .* received "
+            r"twice: .*; check the endpoint and the proxies: a store ends its listings)$"
+        )
+        with pytest.raises(DownloadError, match=pattern):
+            open_source(uri).list_files()
+        # obstore hands on a thousand objects at once, or more.
+        assert server.count("LIST") <= (20 if uri.startswith("s3") else 4000)
+
+    def test_too_many_objects(
+        self, uri: str, server: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(stores, "MOST_OBJECTS", 1)
+        text = f"cannot list {uri}: it has more than 1 objects; name the folder of one model"
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+            open_source(uri).list_files()
+
+    def test_an_object_of_a_size_that_cannot_be(self, uri: str, server: s3.Server) -> None:
+        server.sizes["bucket/tiny/weights"] = 10**15
+        text = (
+            f"{uri} holds an object 'weights' of 1,000,000,000,000,000 bytes, which no store can "
+            "hold; check the endpoint and the proxies"
+        )
+        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+            open_source(uri).list_files()
+
+    def test_a_listing_that_stalls_can_be_cancelled(
+        self, uri: str, server: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(stores, "_WAKE_S", 0.02)
+        monkeypatch.setattr(reader, "_POLL_S", 0.02)
+        server.faults = [s3.Fault("silent")]
+        asked = threading.Event()
+
+        def cancel() -> None:
+            if server.requests:
+                asked.set()
+                raise asyncio.CancelledError
+
+        with contextlib.closing(open_source(uri, Caller(check_cancelled=cancel))) as source:
+            with pytest.raises(asyncio.CancelledError):
+                source.list_files()
+        assert asked.is_set()
+
+    def test_a_listing_that_stalls_is_given_up(
+        self, uri: str, server: s3.Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = open_source(uri)
+        monkeypatch.setattr(stores, "_WAKE_S", 0.02)
+        monkeypatch.setattr(reader, "_POLL_S", 0.02)
+        monkeypatch.setenv("RAYSERVE_HOOKS_STALL_S", "0.1")
+        server.faults = [s3.Fault("silent")]
+        with pytest.raises(DownloadError, match=rf"^cannot list {re.escape(uri)}: .*(came|within)"):
+            source.list_files()
+        source.close()
+
+
+def test_a_store_that_is_none_of_ours() -> None:
+    text = (
+        "cannot open http://host/x: it is of no store that is supported; write s3://bucket/path, "
+        "gs://bucket/path, azure://container@account.blob.core.windows.net/path or "
+        "abfss://container@account.dfs.core.windows.net/path"
+    )
+    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+        open_source("http://host/x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "label"),
+    [
+        ("s3://bucket/tiny", "s3://bucket/tiny"),
+        ("s3://anonymous@bucket/tiny#2 x%20", "s3://anonymous@bucket/tiny#2 x%20"),
+        ("s3://bucket/tiny?x", "s3://bucket/tiny?x"),
+        ("s3://bucket/a:b@c/d", "s3://bucket/a:b@c/d"),
+        ("s3://user:SECRET@bucket/a@b", "s3://***@bucket/a@b"),
+        ("s3://user:SE@CRET@bucket/a", "s3://***@bucket/a"),
+        ("s3://user:SE/CRET@bucket/a", "s3://***@bucket/a"),
+        ("s3://:SECRET@bucket/a", "s3://***@bucket/a"),
+        ("azure://c@a.blob.core.windows.net/x", "azure://c@a.blob.core.windows.net/x"),
+        (
+            "azure://c@a.blob.core.windows.net/x?sv=1&sig=SEC/RET%3D",
+            "azure://c@a.blob.core.windows.net/x?sv=***&sig=***",
+        ),
+        ("s3://b/x?X-Amz-Signature=SECRET", "s3://b/x?X-Amz-Signature=***"),
+        ("s3://b/x?a;TOKEN=SECRET?k=SECRET", "s3://b/x?a;TOKEN=***"),
+    ],
+)
+def test_a_label_shows_what_is_no_secret(uri: str, label: str) -> None:
+    assert shown(uri) == label
+    assert "SECRET" not in label
 
 
 @pytest.mark.parametrize(
     "uri",
     [
-        "azure://models@account.blob.core.windows.net/tiny/v1",
-        "azure://models@account.dfs.core.windows.net/tiny/v1/",
-        "abfss://models@account.dfs.core.windows.net/tiny/v1",
-        "pyarrow-abfss://models@account.dfs.core.windows.net/tiny/v1",
+        "s3://user:SECRET@bucket/tiny",
+        "s3://bucket/tiny?X-Amz-Signature=SECRET&X-Amz-Credential=SECRET",
+        "gs://bucket/tiny?x-goog-signature=SECRET",
+        "azure://c@a.blob.core.windows.net/tiny?sv=1&sig=SECRET",
+        "abfss://c:SECRET@a.dfs.core.windows.net/tiny",
+        "http://user:SECRET@host/x?sig=SECRET",
+        "s3://bucket/tiny?sig=SECRET/..//x",
     ],
 )
-def test_azure(uri: str) -> None:
-    store: Any = open_source(uri).store
-    assert store.prefix == "tiny/v1"
-    assert store.config["container_name"] == "models"
-    assert store.config["account_name"] == "account"
-
-
-@pytest.mark.parametrize(
-    ("uri", "form"),
-    [
-        ("azure://models/tiny", "azure://container@account.blob.core.windows.net/path"),
-        ("azure://@account.blob.core.windows.net/x", "azure://container@account.blob."),
-        ("abfss://models@account.blob.core.windows.net/x", "abfss://container@account.dfs."),
-        ("abfss://models@.dfs.core.windows.net/x", "abfss://container@account.dfs."),
-    ],
-)
-def test_a_wrong_azure_uri(uri: str, form: str) -> None:
-    text = f"{uri} names no Azure container; write {form}"
-    with pytest.raises(DownloadError, match=f"^{re.escape(text)}"):
-        open_source(uri)
-
-
-@pytest.mark.parametrize("uri", ["gs://anonymous@bucket/tiny", "pyarrow-gs://bucket/tiny"])
-def test_gcs(uri: str) -> None:
-    store: Any = open_source(uri).store
-    assert (store.config["bucket"], store.prefix) == ("bucket", "tiny")
-    assert store.config.get("skip_signature", "false") == str("anonymous" in uri).lower()
-
-
-def test_s3_settings_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-one")
-    assert config()["region"] == "eu-one"
-    monkeypatch.setenv("AWS_REGION", "eu-two")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://one")
-    assert (config()["region"], config()["endpoint"]) == ("eu-two", "http://one")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://two")
-    assert config()["endpoint"] == "http://two"
-
-
-def config(uri: str = "s3://bucket/tiny") -> dict[str, Any]:
-    store: Any = open_source(uri).store
-    return dict(store.config)
-
-
-def test_a_profile_of_boto3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, credentials = tmp_path / "config", tmp_path / "credentials"
-    settings.write_text("[profile other]\nregion = eu-three\n")
-    credentials.write_text("[other]\naws_access_key_id = k\naws_secret_access_key = s\n")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(settings))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
-    monkeypatch.setenv("AWS_PROFILE", "other")
-    source: Any = open_source("s3://bucket/tiny")
-    assert source.store.config["region"] == "eu-three"
-    assert source.store.credential_provider()["access_key_id"] == "k"
-    monkeypatch.setenv("AWS_REGION", "eu-two")
-    assert config()["region"] == "eu-two"
-
-
-def test_no_credentials_at_all() -> None:
-    text = (
-        "boto3 finds no AWS credentials; set AWS_ACCESS_KEY_ID or AWS_PROFILE, or write "
-        "s3://anonymous@bucket for a public bucket"
-    )
-    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-        open_source("s3://bucket/tiny")
-    assert config("s3://anonymous@bucket/tiny")["skip_signature"] == "true"
-
-
-def test_a_profile_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_PROFILE", "absent")
-    pattern = r"^cannot open s3://bucket/tiny: .*absent.*; check the URI and the credentials$"
-    with pytest.raises(DownloadError, match=pattern):
-        open_source("s3://bucket/tiny")
-
-
-def test_without_boto3_the_chain_is_that_of_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "boto3", None)
-    assert config()["bucket"] == "bucket"
-
-
-def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "obstore.store", None)
-    text = (
-        "downloading s3://bucket/tiny needs the package 'obstore'; install "
-        "'rayserve_hooks[download]' on every node"
-    )
-    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-        open_source("s3://bucket/tiny")
-
-
-def test_the_default_credentials_of_azure(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    def identity() -> dict[str, Any]:
-        calls.append("asked")
-        return {}
-
-    monkeypatch.setattr(stores, "_azure_identity", identity)
-    open_source("azure://models@account.blob.core.windows.net/tiny")
-    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "a2V5")
-    open_source("azure://models@account.blob.core.windows.net/tiny")
-    assert calls == ["asked"]
-
-
-@pytest.mark.parametrize(
-    ("scheme", "answer", "reason"),
-    [
-        ("http", b"", "IncompleteMessage"),
-        ("http", b"garbage\r\n\r\n", "Parse: Version"),
-        ("http", None, "TimedOut"),
-        ("https", b"HTTP/1.1 400 Bad Request\r\n\r\n", "InvalidMessage: InvalidContentType"),
-    ],
-)
-def test_why_there_is_no_answer(
-    scheme: str, answer: bytes | None, reason: str, monkeypatch: pytest.MonkeyPatch
+def test_no_error_and_no_log_has_a_secret_of_the_uri(
+    uri: str, server: s3.Server, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    listening = socket.create_server(("127.0.0.1", 0))
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):  # closed below
-            while answer is not None:
-                connection, _ = listening.accept()
-                with connection:
-                    connection.recv(65536)
-                    connection.sendall(answer)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    port = listening.getsockname()[1]
-    monkeypatch.setattr(stores, "_CLIENT", {"timeout": "200ms"})
-    try:
-        with pytest.raises(DownloadError, match=unanswered(reason)):
-            source(f"{scheme}://127.0.0.1:{port}", monkeypatch).list_files()
-    finally:
-        listening.shutdown(socket.SHUT_RDWR)
-        listening.close()
-        thread.join()
+    with caplog.at_level("DEBUG"), pytest.raises(DownloadError) as caught:
+        download_node("org/tiny", Mirror(uri), ALL)
+    assert "SECRET" not in str(caught.value)
+    ours = [record.getMessage() for record in caplog.records if "rayserve" in record.name]
+    assert "SECRET" not in "".join(ours)
 
 
-def test_an_endpoint_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DownloadError, match=unanswered("Connection refused")):
-        source("http://127.0.0.1:1", monkeypatch).list_files()
-
-
-def source(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> stores.Source:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    monkeypatch.setattr(stores, "_RETRIES", {"max_retries": 0})
-    return open_source("s3://anonymous@bucket/tiny")
-
-
-def unanswered(reason: str) -> str:
-    return (
-        rf"^cannot list s3://anonymous@bucket/tiny: .* error sending request: {reason}; check "
-        "endpoint, region, credentials and the network$"
-    )
-
-
-def test_an_object_whose_path_leaves_the_folder() -> None:
-    class Store:
-        def list(self, chunk_size: int) -> list[list[dict[str, Any]]]:
-            return [[{"path": path, "size": 1, "e_tag": "x"}]]
-
-    for path in ("../evil", "a/../../evil", "/etc/evil"):
-        text = (
-            f"s3://bucket/tiny holds an object {path!r}, which would leave the folder it goes to; "
-            "rename it"
-        )
-        held: Any = Store()
-        with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
-            stores.Source("s3://bucket/tiny", held).list_files()
-
-
-def test_a_message_keeps_no_secrets() -> None:
-    error = RuntimeError(
-        "GET https://user:pass@host/x?sig=SECRET&se=1 failed: <Error><Code>Bad</Code><Message>no"
-        "</Message><StringToSign>SECRET</StringToSign></Error>\n\nDebug source:\nSECRET"
-    )
-    text = "cannot open s3://b: RuntimeError: GET https://host/x failed: Bad: no; check this"
-    assert str(stores.failure("cannot open s3://b?sig=SECRET", error, "this")) == text
+def test_a_model_id_that_no_folder_can_have() -> None:
+    text = f"the model id {'m' * 300!r} is too long to name a folder: with 'models--' it has 308 "
+    with pytest.raises(DownloadError, match=f"^{re.escape(text)}bytes, and at most 255 are"):
+        download_node("m" * 300, Mirror("s3://bucket/tiny"), ALL)
+    with pytest.raises(DownloadError, match=f"^{re.escape(text)}bytes, and at most 255 are"):
+        download_node("m" * 300, None, ALL, from_hub=True)

@@ -29,7 +29,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from rayserve_hooks.context import NodeModelDownloadable
-from rayserve_hooks.download import caller, checksums, partials, stores, transfer
+from rayserve_hooks.download import (
+    caller,
+    checksums,
+    other_stores,
+    partials,
+    reader,
+    stores,
+    transfer,
+)
+from rayserve_hooks.download import s3 as s3_source
 from rayserve_hooks.download.caller import Caller
 from rayserve_hooks.download.model import Mirror, download_node
 from rayserve_hooks.errors import DownloadError
@@ -44,7 +53,7 @@ CHUNK = 16 * 2**10
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     [
-        "boto3",
+        "botocore.session",
         "huggingface_hub.constants",
         "obstore.store",
         "rayserve_hooks.download.model",
@@ -59,10 +68,12 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s3.Serve
     (folder / "config.json").write_text("{}")
     (folder / WEIGHTS).write_bytes(random.Random(0).randbytes(5 * RANGE + 1000))
     retries = {"max_retries": 2, "backoff": {"init_backoff": timedelta(milliseconds=5)}}
-    monkeypatch.setattr(stores, "_RETRIES", retries)
-    monkeypatch.setattr(transfer, "BACKOFF_S", 0.005)
+    monkeypatch.setattr(other_stores, "RETRIES", retries)
+    monkeypatch.setattr(reader, "BACKOFF_S", 0.0001)
     monkeypatch.setattr(partials, "RANGE_BYTES", RANGE)
-    monkeypatch.setattr(transfer, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(other_stores, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(reader, "_BUFFER_BYTES", CHUNK)
+    monkeypatch.setattr(s3_source, "_SMALL_BYTES", CHUNK)
     monkeypatch.setattr(transfer, "SMALL_BYTES", CHUNK)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("RAYSERVE_HOOKS_LOCK_DIR", str(tmp_path / "locks"))
@@ -90,7 +101,7 @@ def weights(server: s3.Server) -> Path:
 
 def small_units() -> None:
     partials.RANGE_BYTES = RANGE
-    transfer.CHUNK_BYTES = transfer.SMALL_BYTES = CHUNK
+    transfer.SMALL_BYTES = s3_source._SMALL_BYTES = CHUNK
 
 
 def download() -> Path:
@@ -180,29 +191,38 @@ def test_a_listing_of_many_pages(server: s3.Server, weights: Path) -> None:
             "busy",
             WEIGHTS,
             (
-                rf"cannot fetch '{WEIGHTS}' of {URI}: .*503 Service Unavailable: SlowDown: Please "
-                "reduce your request rate; check endpoint, region, credentials and the network"
+                rf"cannot fetch '{WEIGHTS}' of {URI}, asked 10 times: 503 Service Unavailable: "
+                "SlowDown: Please reduce your request rate; the store asks for fewer requests: "
+                "start fewer nodes at once, or try again later"
             ),
         ),
-        ("throttled", WEIGHTS, rf"cannot fetch '{WEIGHTS}' of {URI}: .*429 Too Many Requests.*"),
+        (
+            "throttled",
+            WEIGHTS,
+            (
+                rf"cannot fetch '{WEIGHTS}' of {URI}, asked 10 times: 429 Too Many Requests: "
+                "TooManyRequests: Please reduce your request rate; the store asks for fewer .*"
+            ),
+        ),
         (
             "short",
             WEIGHTS,
             (
-                rf"cannot fetch '{WEIGHTS}' of {URI}: the body ended 1 bytes early, 4 times; the "
-                "store or a proxy cuts it off, or lists another size: check both"
+                rf"cannot fetch '{WEIGHTS}' of {URI}: the body ended early; [\d,]+ of [\d,]+ bytes "
+                r"in \d+\.\d s, 4 times; the store or a proxy cuts it off, or lists another size: "
+                "check both"
             ),
         ),
         (
             "truncated",
             WEIGHTS,
-            (
-                rf"cannot fetch '{WEIGHTS}' of {URI}: .*GenericError: Generic S3 error: HTTP error"
-                ": request or response body error: IncompleteBody; check endpoint, region, "
-                "credentials and the network"
-            ),
+            rf"cannot fetch '{WEIGHTS}' of {URI}: the body ended early; .*, 4 times; .*check both",
         ),
-        ("reset", WEIGHTS, rf"cannot fetch '{WEIGHTS}' of {URI}: .*body error: \w+; check .*"),
+        (
+            "reset",
+            WEIGHTS,
+            rf"cannot fetch '{WEIGHTS}' of {URI}: .*(early|reset by peer); .*, 4 times; the store .*",
+        ),
         (
             "corrupt",
             WEIGHTS,
@@ -233,7 +253,8 @@ def test_what_will_not_change_is_not_asked_again(kind: str, server: s3.Server) -
     server.faults = [s3.Fault(kind, "config.json")]
     with pytest.raises(DownloadError):
         download()
-    assert server.count("GET bucket/model/config.json") == 1
+    # Once by obstore, which is fast, and once by our own reader, which finds out why.
+    assert server.count("GET bucket/model/config.json") == 2
 
 
 @pytest.mark.parametrize(
@@ -396,31 +417,16 @@ class TestVerification:
         signed = "AWS4-HMAC-SHA256 Credential=key/" + time.strftime("%Y%m%d", time.gmtime())
         assert signatures == {"" if prefix else signed[:40]}
 
-    @pytest.mark.parametrize("missing", ["boto3", "awscrt.checksums"])
-    def test_without_the_libraries(
-        self,
-        missing: str,
-        server: s3.Server,
-        model: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
+    def test_without_the_library_for_checksums(
+        self, server: s3.Server, model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         server.etags, server.crc64 = "multipart", True
-        monkeypatch.setitem(sys.modules, missing, None)
-        if missing == "awscrt.checksums":
-            monkeypatch.delattr("awscrt.checksums")
-            monkeypatch.setattr(partials, "segment_crc", partials.segment_crc.__wrapped__)
-            monkeypatch.setattr(transfer, "segment_crc", partials.segment_crc)
-        with caplog.at_level(logging.DEBUG, "rayserve_hooks.download"):
-            assert_complete(server, download())
-        assert of_weights(model) == ("size", "crc64nvme" if missing == "boto3" else "crc32")
-        told = re.search(
-            rf"{URI}: some files are verified by size only, because the store cannot be asked for "
-            r"their checksum: ModuleNotFoundError: .*boto3.*; install 'rayserve_hooks\[download\]' "
-            "on every node",
-            caplog.text,
-        )
-        assert (told is not None) == (missing == "boto3")
+        monkeypatch.setitem(sys.modules, "awscrt.checksums", None)
+        monkeypatch.delattr("awscrt.checksums")
+        monkeypatch.setattr(partials, "segment_crc", partials.segment_crc.__wrapped__)
+        monkeypatch.setattr(transfer, "segment_crc", partials.segment_crc)
+        assert_complete(server, download())
+        assert of_weights(model) == ("size", "crc32")
 
 
 @functools.cache
@@ -476,7 +482,9 @@ class TestOtherStores:
     def test_what_breaks_off_is_resumed(self, uri: str, store: s3.Server, weights: Path) -> None:
         store.faults = [s3.Fault("truncated", WEIGHTS, times=4)]
         assert_complete(store, self.fetch(uri))
-        assert store.sent[f"bucket/model/{WEIGHTS}"] == weights.stat().st_size
+        # Of a body that breaks off, obstore keeps less than a chunk to itself.
+        sent = store.sent[f"bucket/model/{WEIGHTS}"]
+        assert 0 <= sent - weights.stat().st_size < 4 * CHUNK
 
     @pytest.mark.parametrize("kind", ["denied", "missing"])
     def test_a_refusal_keeps_the_message_of_the_store(
@@ -773,20 +781,16 @@ def test_a_disk_that_is_too_small(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "reading", ["pass", "transfer.DirectReader.read = lambda *_: (part for part in ())"]
-)
 def test_memory_stays_small_with_a_large_file_on_a_machine_with_many_cores(
-    reading: str, server: s3.Server, weights: Path, tmp_path: Path
+    server: s3.Server, weights: Path, tmp_path: Path
 ) -> None:
     server.etags = "opaque"
     with weights.open("wb") as file:
         file.truncate(512 * 2**20)
     script = f"""
-        import resource, boto3, awscrt.checksums, obstore.store
+        import resource, awscrt.checksums, botocore.session, http.client, obstore.store
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        {reading}
         transfer.STREAMS = 64
         before = peak()
         download({str(tmp_path / "hub")!r})
