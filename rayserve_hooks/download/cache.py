@@ -65,7 +65,7 @@ from rayserve_hooks.errors import DownloadError, describe
 
 _CHECK_THREADS = 8
 _REVISION = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)
-_REVISION_BYTES = 1024
+_REVISION_BYTES = 4096
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _TRIES = 10
 _TRY_S = 0.02
@@ -130,11 +130,8 @@ class ModelCache:
                 return name
         shown = f"the object 'hash' of {self._source.shown_uri}"
         advice = "which cannot name a folder; store the revision there, or delete it"
-        if hash_object.size > _REVISION_BYTES:
-            raise DownloadError(f"{shown} holds {hash_object.size:,} bytes, {advice}")
-        revision = (
-            self._source.read(hash_object.path, _REVISION_BYTES).decode("ascii", "replace").strip()
-        )
+        held = self._source.read(hash_object.path, _REVISION_BYTES)
+        revision = held.decode("ascii", "replace").strip()
         if not _REVISION.fullmatch(revision):
             raise DownloadError(f"{shown} holds {revision!r}, {advice}")
         return revision

@@ -114,8 +114,8 @@ def model_folder(model_id: str) -> Path:
     name = f"models--{model_id.replace('/', '--')}"
     if len(os.fsencode(name)) > _NAME_BYTES:
         raise DownloadError(
-            f"the model id {model_id[:40]!r}... is too long for the name of a folder, with "
-            f"{len(model_id)} characters; choose a shorter model_id"
+            f"the model id {model_id!r} is too long to name a folder: with 'models--' it has "
+            f"{len(os.fsencode(name))} bytes, and at most {_NAME_BYTES} are possible; shorten it"
         )
     return _hub_cache() / name
 
