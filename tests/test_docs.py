@@ -23,7 +23,9 @@ BLOCK = re.compile(
 )
 SPAN = re.compile(r"(?<!\[)`([^`\n]+)`(?!\])")  # what is a link's text is checked as a link
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/[\w.*-]*|\.(cfg|md|py|sh|toml|yaml))")
-ELSEWHERE = {"refs/main", ".rayserve_hooks/partial"}  # in the model's folder on a node
+ELSEWHERE = {f".rayserve_hooks/{name}" for name in ("partial", "revisions", "stage")} | {
+    "refs/main"
+}  # in the model's folder on a node
 CONSOLE = {
     "make demo",  # tests/test_demo.py
     "make install",  # what .ci/run starts with

@@ -73,10 +73,12 @@ def _complete(source: Source, target: Path) -> None:
                 make_folder(partial)
                 if missing:
                     fetch(heads, missing, target, partial, publish)
+                with contextlib.suppress(OSError):  # ranges of something else are in it
+                    partial.rmdir()
         text = "%s: %d files, %d fetched into %s"
         caller.logger.info(text, source.shown_uri, len(files), len(missing), target)
-        for path in before.files.keys() - found.keys():
-            if before.files[path].matches(f"{target}/{path}"):
+        for path, record in {**before.files, **log.files}.items():
+            if path not in found and record.matches(f"{target}/{path}"):
                 Path(target, path).unlink(missing_ok=True)
         after = Manifest(before.path, key, files=found)
         if after != before:

@@ -55,6 +55,17 @@ def segment_crc() -> tuple[str, Callable[[memoryview, int], int]]:
     return "crc64nvme", crc64nvme
 
 
+@functools.cache
+def segment_combine() -> Callable[[int, int, int], int] | None:
+    """Return what makes the checksum of two segments of theirs and the second one's length."""
+    if segment_crc()[0] == "crc32":
+        return None
+    from awscrt.checksums import combine_crc64nvme
+
+    combine: Callable[[int, int, int], int] = combine_crc64nvme
+    return combine
+
+
 @dataclass
 class PartialFile:
     """One object being fetched, and the file it becomes."""
@@ -63,9 +74,9 @@ class PartialFile:
     target: str
     stem: str  # the path of the partial file and of its journal, without their suffixes
     left_over: bool = False  # by a run before this one
-    done: list[Segment] = field(default_factory=list)
     left: int = 0  # ranges that are still to be fetched
     head: Future[Head | None] | None = None  # of the request for its checksum, if one was made
+    _by_end: dict[int, Segment] = field(default_factory=dict)
     _fd: int = -1
     _journal_fd: int = -1
 
@@ -79,8 +90,13 @@ class PartialFile:
         return f"{self.stem}.{segment_crc()[0]}.journal"
 
     @property
+    def done(self) -> list[Segment]:
+        """What is written, in order."""
+        return sorted(self._by_end.values())
+
+    @property
     def done_bytes(self) -> int:
-        return sum(segment.end - segment.start for segment in self.done)
+        return sum(segment.end - segment.start for segment in self._by_end.values())
 
     def missing(self) -> Iterator[Span]:
         """Yield the ranges to fetch; of an absurd size there are too many for a list."""
@@ -95,7 +111,7 @@ class PartialFile:
     def open(self) -> None:
         if self._fd < 0:
             # What an earlier run has left was looked at, or moved away: nothing else may be there.
-            new = 0 if self.done else os.O_CREAT | os.O_EXCL
+            new = 0 if self._by_end else os.O_CREAT | os.O_EXCL
             self._fd = open_owned(self.path, os.O_RDWR | new, 0o644, way_out=_WAY_OUT)
             flags = os.O_WRONLY | os.O_APPEND | new
             self._journal_fd = open_owned(self.journal, flags, 0o644, way_out=_WAY_OUT)
@@ -107,7 +123,17 @@ class PartialFile:
             written = os.pwrite(self._fd, data, offset)
             data, offset = data[written:], offset + written
         os.write(self._journal_fd, b"%d %d %x\n" % (start, offset, crc))
-        self.done.append(Segment(start, offset, crc))
+        self._add(Segment(start, offset, crc))
+
+    def _add(self, segment: Segment) -> None:
+        """Join a segment with the one before it: of a large file there are too many."""
+        before = self._by_end.get(segment.start)
+        combine = segment_combine()
+        if before is not None and combine is not None:
+            crc = combine(before.crc, segment.crc, segment.end - segment.start)
+            segment = Segment(before.start, segment.end, crc)
+            del self._by_end[before.end]
+        self._by_end[segment.end] = segment
 
     def write_whole(self, data: bytearray | memoryview) -> None:
         """Write a small file, which needs no journal."""
@@ -123,14 +149,14 @@ class PartialFile:
         self._fd = self._journal_fd = -1
 
     def remove_journal(self) -> None:
-        if self.done:  # otherwise there is none
+        if self._by_end:  # otherwise there is none
             Path(self.journal).unlink(missing_ok=True)
 
     def discard(self) -> None:
         self.close()
         for path in (self.path, self.journal):
             Path(path).unlink(missing_ok=True)
-        self.done.clear()
+        self._by_end.clear()
 
     def resume(self) -> None:
         """Take over what an earlier run has left and can be proved; else start anew."""
@@ -141,9 +167,10 @@ class PartialFile:
             with open(open_owned(self.journal, os.O_RDONLY, way_out=_WAY_OUT), "rb") as journal:
                 lines = _LINE.findall(journal.read())
             with open(open_owned(self.path, os.O_RDWR, way_out=_WAY_OUT), "rb+") as file:
-                self.done = _proved(lines, file, self.file.size)
+                for segment in _proved(lines, file, self.file.size):
+                    self._add(segment)
                 file.truncate(min(os.fstat(file.fileno()).st_size, self.file.size))
-        if not self.done:
+        if not self._by_end:
             make_way(self.path)
             make_way(self.journal)
 

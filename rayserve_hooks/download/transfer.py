@@ -21,7 +21,13 @@ from typing import TypeVar
 from rayserve_hooks.download import checksums
 from rayserve_hooks.download.caller import Progress
 from rayserve_hooks.download.checksums import Heads, expected_checksum
-from rayserve_hooks.download.partials import PartialFile, Span, plan, segment_crc
+from rayserve_hooks.download.partials import (
+    PartialFile,
+    Span,
+    plan,
+    segment_combine,
+    segment_crc,
+)
 from rayserve_hooks.download.state import Content, unwritable
 from rayserve_hooks.download.stores import RemoteFile
 from rayserve_hooks.errors import DownloadError
@@ -285,13 +291,12 @@ def _drained(queue: deque[T]) -> Iterator[T]:
 
 def _digest(partial: PartialFile, data: Path | bytearray, algorithm: str) -> str | None:
     """Return a file's checksum, combined from its segments' where that is possible."""
-    if algorithm == segment_crc()[0] == "crc64nvme" and isinstance(data, Path):
-        from awscrt.checksums import combine_crc64nvme
-
+    combine = segment_combine()
+    if combine is not None and algorithm == segment_crc()[0] and isinstance(data, Path):
         crc = reached = 0
-        for start, end, part in sorted(partial.done):
+        for start, end, part in partial.done:
             if start == reached:
-                crc, reached = combine_crc64nvme(crc, part, end - start), end
+                crc, reached = combine(crc, part, end - start), end
         if reached == partial.file.size:
             return checksums.checksum_text(algorithm, crc.to_bytes(8, "big"))
     return checksums.checksum_of(data, algorithm)

@@ -66,6 +66,17 @@ def test_what_is_written_is_not_missing_later(tmp_path: Path) -> None:
     assert Path(again.path).read_bytes()[64:84] == CONTENT[64:84]
 
 
+def test_of_many_segments_few_are_remembered(tmp_path: Path) -> None:
+    partial = written(tmp_path, 0, 10, 20, 30, 100, 40)
+    crc = partials.segment_crc()[1]
+    assert partial.done == [
+        (0, 50, crc(memoryview(CONTENT)[:50], 0)),
+        (100, 110, crc(memoryview(CONTENT)[100:110], 0)),
+    ]
+    (again,) = planned(tmp_path, remote())
+    assert again.done == partial.done
+
+
 def test_a_third_run_knows_what_two_have_written(tmp_path: Path) -> None:
     written(tmp_path, 30)
     (second,) = planned(tmp_path, remote())

@@ -292,7 +292,7 @@ def test_written_files_have_names_nobody_can_guess(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "written-1").symlink_to(tmp_path / "elsewhere")
-    monkeypatch.setattr(state.secrets, "token_hex", lambda _: "1")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "1")
     with pytest.raises(FileExistsError):
         state.write_if_changed(tmp_path / "file", "text", tmp_path)
     assert not (tmp_path / "elsewhere").exists()
