@@ -22,6 +22,8 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 # By default Serve gives up a proxy that takes five seconds to start, as on a busy machine.
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
+pytest_plugins = ["store_fixtures"]
+
 
 class RayCluster(NamedTuple):
     """A head node, where all CPUs are, and a second node with the resource ``other``."""

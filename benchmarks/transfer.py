@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 
 import store
@@ -28,10 +28,9 @@ SIDES = (
     "pyarrow.fs",
     "fsspec",
     "local disk",
-    "ours, obstore alone",
     "ours",
 )
-WANTED = {store.ONE: 1.9, store.SHARDS: 2.5, store.SMALL: 12}
+WANTED = {store.ONE: 2.1, store.SHARDS: 2.3, store.SMALL: 10}
 MOST_MIB = 256
 FSSPEC_VENV = store.ROOT / ".cache" / "bench-fsspec"
 
@@ -68,7 +67,7 @@ def local_disk(case: str, target: Path) -> Callable[[], object]:
 
 def ours(case: str, target: Path) -> Callable[[], object]:
     os.environ["HF_HUB_CACHE"] = str(target)
-    for name in ("awscrt.checksums", "boto3", "http.client", "obstore.store"):
+    for name in ("awscrt.checksums", "botocore.session", "http.client", "obstore.store"):
         importlib.import_module(name)
 
     from rayserve_hooks.context import NodeModelDownloadable
@@ -78,18 +77,7 @@ def ours(case: str, target: Path) -> Callable[[], object]:
     return lambda: download_node("model", Mirror(store.uri(case)), everything)
 
 
-def ours_by_obstore(case: str, target: Path) -> Callable[[], object]:
-    """Ours, without the direct reads of large files."""
-    from rayserve_hooks.download.direct import DirectReader
-
-    def nothing(*_: object) -> Generator[memoryview, None, None]:
-        yield from ()
-
-    DirectReader.read = nothing  # type: ignore[method-assign, assignment]
-    return ours(case, target)
-
-
-SOURCES = (ray_boto3, pyarrow_fs, fsspec, local_disk, ours_by_obstore, ours)
+SOURCES = (ray_boto3, pyarrow_fs, fsspec, local_disk, ours)
 PREPARE = dict(zip(SIDES, SOURCES, strict=True))
 
 

@@ -42,10 +42,10 @@ class Fault:
         kind: ``denied``, ``missing``, ``busy`` (503), ``throttled`` (429), ``truncated`` (half of
             the body, then the end), ``short`` (one byte less than listed, said so), ``reset`` (half
             of the body, then RST), ``corrupt`` (one byte flipped), ``slow`` (``delay_s`` first),
-            ``hang up`` (after the answer), ``error`` (``status`` and ``code``), ``silent`` (no answer), ``stall`` (half of the
-            body, then nothing), ``trickle`` (a byte each ``delay_s``), ``other`` (another ETag,
-            whatever ``If-Match`` says), ``bare`` (no ETag, likewise), ``gzip`` (encoded) or
-            ``redirect`` (307 to ``to``).
+            ``hang up`` (after the answer), ``error`` (``status`` and ``code``), ``silent`` (no
+            answer), ``stall`` (half of the body, then nothing), ``trickle`` (a byte each
+            ``delay_s``), ``other`` (another ETag, whatever ``If-Match`` says), ``bare`` (no ETag,
+            likewise), ``gzip`` (encoded) or ``redirect`` (307 to ``to``).
         path: The end of the request's path; everything ends with the empty string.
         times: How many requests it hits.
         method: The HTTP method it hits.
@@ -97,6 +97,7 @@ class Server:
         repeats: A listing's pages never end: ``token`` (each has the token of the one before) or
             ``cycle`` (the last one leads to the first).
         listed_etags: A listing has ETags.
+        virtual: The bucket is the first label of the host, and not in the path.
         rate: Bytes per second and connection.
         first_byte_s: Delay of each answer.
         faults: What goes wrong.
@@ -119,6 +120,7 @@ class Server:
     keys: list[str] = field(default_factory=list)
     repeats: str = ""
     listed_etags: bool = True
+    virtual: bool = False
     released: threading.Event = field(default_factory=threading.Event)
     rate: int | None = None
     first_byte_s: float = 0.0
@@ -221,6 +223,8 @@ class _Handler(socketserver.StreamRequestHandler):
             name, _, value = header.partition(":")
             headers[name.lower()] = value.strip()
         path, _, query = target.partition("?")
+        if self.s3.virtual:
+            path = f"/{headers['host'].partition('.')[0]}{path}"
         parsed = parse_qs(query, keep_blank_values=True) if query else {}
         return Request(method, unquote(path).lstrip("/"), parsed, headers)
 

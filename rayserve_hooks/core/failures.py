@@ -12,8 +12,10 @@ from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import HookError, Phase, RemoteCause, describe
+from rayserve_hooks.errors import DownloadError, HookError, Phase, RemoteCause, describe
 from rayserve_hooks.trace import TraceEntry
+
+_ADVICE = "fix the callback, or set 'on_error: warn' on it to go on without it"
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def hook_error(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookErro
         node=str(ctx.node),
         phase=PHASES[blame.hook],
         detail=blame.what + redact(describe(error), values),
-        advice="fix the callback, or set 'on_error: warn' on it to go on without it",
+        # A download's error says itself what to do, and leaving the callback out is not it.
+        advice="" if isinstance(error, DownloadError) else _ADVICE,
     )
     failure.__cause__ = _without_secrets(error, values)
     return failure

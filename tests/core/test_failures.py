@@ -10,7 +10,7 @@ from steps import call, outcomes, step
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core.hooks import CLEAN_UP
-from rayserve_hooks.errors import HookError, RemoteCause
+from rayserve_hooks.errors import DownloadError, HookError, RemoteCause
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,12 @@ def test_a_failure_names_callback_hook_node_and_phase(hook: str, phase: str) -> 
         f"callback 'a' failed in hook {hook} on node n1 (10.0.0.1) (phase: {phase}): "
         "ValueError: boom; fix the callback, or set 'on_error: warn'"
     )
+
+
+def test_a_download_says_itself_what_to_do() -> None:
+    cause = DownloadError("cannot list s3://b: 403 Forbidden; check the credentials")
+    with pytest.raises(HookError, match=r"403 Forbidden; check the credentials$"):
+        call(step("a", error=cause))
 
 
 def test_a_failure_stops_the_chain() -> None:

@@ -163,10 +163,8 @@ class TestAnotherContent:
     def test_a_redirect_gets_no_credentials(
         self,
         whole: bool,
-        source: Source,
         file: RemoteFile,
         server: s3.Server,
-        tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setenv("AWS_SESSION_TOKEN", "TOKEN")
@@ -349,28 +347,28 @@ class TestProxies:
         assert proxy == []
 
     @pytest.mark.parametrize(
-        ("uri", "variable", "no_proxy", "through"),
+        ("uri", "variables", "through"),
         [
             # boto3 reads neither; requests, and with it the others, reads both.
-            ("s3://bucket/model", "all_proxy", "", False),
-            ("s3://bucket/model", "http_proxy", "127.0.0.0/8", True),
-            ("gs://anonymous@bucket/model", "all_proxy", "", True),
-            ("gs://anonymous@bucket/model", "http_proxy", "127.0.0.0/8", False),
-            ("gs://anonymous@bucket/model", "http_proxy", "", True),
+            ("s3://bucket/model", {"all_proxy": ""}, False),
+            ("s3://bucket/model", {"http_proxy": "", "no_proxy": "127.0.0.0/8"}, True),
+            ("gs://anonymous@bucket/model", {"all_proxy": ""}, True),
+            ("gs://anonymous@bucket/model", {"http_proxy": "", "no_proxy": "127.0.0.0/8"}, False),
+            ("gs://anonymous@bucket/model", {"http_proxy": ""}, True),
         ],
     )
     def test_all_requests_agree(
         self,
+        *,
         uri: str,
-        variable: str,
-        no_proxy: str,
+        variables: dict[str, str],
         through: bool,
         server: s3.Server,
         proxy: list[bytes],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setenv(variable, self.url)
-        monkeypatch.setenv("no_proxy", no_proxy)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value or self.url)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         with contextlib.closing(open_source(uri)) as opened:
             (file,) = opened.list_files().values()

@@ -129,8 +129,10 @@ class TestOnMoto:
             ("a/..", "which would leave the folder it goes to; rename it"),
             (
                 "a//x",
-                "of which a part is empty or '.': no file can have that path; rename it, or name a "
-                "folder below it in the URI",
+                (
+                    "of which a part is empty or '.': no file can have that path; rename it, or "
+                    "name a folder below it in the URI"
+                ),
             ),
             ("./x", "of which a part is empty or '.': no file can have that path; rename it"),
             ("a/.", "of which a part is empty or '.': no file can have that path; rename it"),
@@ -223,9 +225,11 @@ class TestBounds:
                 asked.set()
                 raise asyncio.CancelledError
 
-        with contextlib.closing(open_source(uri, Caller(check_cancelled=cancel))) as source:
-            with pytest.raises(asyncio.CancelledError):
-                source.list_files()
+        with (
+            contextlib.closing(open_source(uri, Caller(check_cancelled=cancel))) as source,
+            pytest.raises(asyncio.CancelledError),
+        ):
+            source.list_files()
         assert asked.is_set()
 
     def test_a_listing_that_stalls_is_given_up(

@@ -221,7 +221,7 @@ def test_a_listing_of_many_pages(server: s3.Server, weights: Path) -> None:
         (
             "reset",
             WEIGHTS,
-            rf"cannot fetch '{WEIGHTS}' of {URI}: .*(early|reset by peer); .*, 4 times; the store .*",
+            rf"cannot fetch '{WEIGHTS}' of {URI}: .*(early|by peer); .*, 4 times; the store .*",
         ),
         (
             "corrupt",
@@ -297,6 +297,7 @@ def test_a_stream_ends_in_mid_file_once_another_has_failed(server: s3.Server) ->
             DownloadError, match=rf"^cannot fetch '{WEIGHTS}' of {URI}: another file has failed$"
         ):
             running._receive(weights, (0, weights.size), fail_elsewhere)
+    source.close()
     assert len(received) == 1
 
 
