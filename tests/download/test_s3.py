@@ -407,7 +407,7 @@ def test_a_panic_of_a_native_library(
         raise PanicException("request valid: InvalidUri")
 
     if where == "fetch":
-        monkeypatch.setattr("rayserve_hooks.download.model.fetch", panic)
+        monkeypatch.setattr("rayserve_hooks.download.cache.fetch", panic)
     else:
         monkeypatch.setattr(where, panic)
         monkeypatch.setattr(s3_source, "_clients", {})
