@@ -1,18 +1,23 @@
 """From a fresh node task to a verified model on disk, from a paced S3 server: Ray against ours.
 
 The first two cases are whole tasks on another node, in a new worker process: Ray's own
-(``initialize_remote_node``, Ray 2.60) and ours. The last two ask a second time in a process that
-has downloaded the model once: with the model in place, and with one of its 8 shards damaged.
+(``initialize_remote_node``, Ray 2.60) and ours. The next two ask a second time in a process that
+has downloaded the model once: with the model in place, and with one of its 8 shards damaged. The
+last one asks again after a process that was killed when half of the model was on the disk; how much
+of that half is fetched again is among the notes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +25,10 @@ import store
 from report import Benchmark, arguments, in_fresh_process
 
 TASK_ALL, TASK_TOKENIZER = "1 GiB in 8 shards", "config and tokenizer"
-AGAIN, DAMAGED = "asked again", "1 of 8 shards damaged"
-CASES = (TASK_ALL, TASK_TOKENIZER, AGAIN, DAMAGED)
+AGAIN, DAMAGED, KILLED = "asked again", "1 of 8 shards damaged", "killed in the middle"
+CASES = (TASK_ALL, TASK_TOKENIZER, AGAIN, DAMAGED, KILLED)
+KILLS = store.DATA / "kills.jsonl"
+"""Of each kill: the side, the bytes that were on the disk, and those of them fetched again."""
 SIDES = ("stock Ray", "ours")
 WANTED = {TASK_ALL: 4, TASK_TOKENIZER: 6, AGAIN: 20}
 
@@ -96,22 +103,93 @@ def task_seconds(side: str, mode: str, cache: Path) -> float:
         cluster.shutdown()
 
 
-def again_seconds(side: str, damage: bool, cache: Path) -> float:
+def fetch_of(side: str, cache: Path) -> Callable[[], int]:
+    """Return a download, with all imported that it needs; it returns the bytes it kept."""
     os.environ["HF_HUB_CACHE"] = str(cache)
     uri = store.uri(store.SHARDS)
+    if side == SIDES[0]:
+        from ray.llm._internal.common.utils.cloud_utils import CloudMirrorConfig
+        from ray.llm._internal.common.utils.download_utils import download_model_files
 
-    def fetch() -> None:
-        if side == SIDES[0]:
-            from ray.llm._internal.common.utils.cloud_utils import CloudMirrorConfig
-            from ray.llm._internal.common.utils.download_utils import download_model_files
-
+        def stock() -> int:
             download_model_files("tiny", CloudMirrorConfig(bucket_uri=uri))
-        else:
-            from rayserve_hooks.context import NodeModelDownloadable
-            from rayserve_hooks.download.model import Mirror, download_node
+            return 0
 
-            download_node("tiny", Mirror(uri), NodeModelDownloadable.MODEL_AND_TOKENIZER)
+        return stock
+    from rayserve_hooks.context import NodeModelDownloadable
+    from rayserve_hooks.download.caller import Caller
+    from rayserve_hooks.download.model import Mirror, download_node
 
+    def ours() -> int:
+        bars: list[Bar] = []
+        caller = Caller(progress_bar=lambda _, total: Bar(bars, total))
+        mode = NodeModelDownloadable.MODEL_AND_TOKENIZER
+        download_node("tiny", Mirror(uri), mode, caller=caller)
+        size = sum(file.stat().st_size for file in store.folder(store.SHARDS).iterdir())
+        return size - sum(bar.total - bar.kept for bar in bars)
+
+    return ours
+
+
+class Bar:
+    """A progress bar that remembers what was there when it began."""
+
+    def __init__(self, bars: list[Bar], total: int) -> None:
+        self.total, self.kept = total, -1
+        bars.append(self)
+
+    def update(self, n: int) -> None:
+        if self.kept < 0:
+            self.kept = n
+
+    def close(self) -> None:
+        pass
+
+
+def killed_seconds(side: str, cache: Path) -> float:
+    child = os.fork()
+    if not child:
+        fetch_of(side, cache)()
+        os._exit(1)  # it was to be killed before
+    half = sum(file.stat().st_size for file in store.folder(store.SHARDS).iterdir()) // 2
+    while (on_disk := bytes_below(cache)) < half:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    on_disk = bytes_below(cache)
+    fetch = fetch_of(side, cache)
+    store.warm_memory()
+    started = time.perf_counter()
+    kept = fetch()
+    value = time.perf_counter() - started
+    with KILLS.open("a") as file:
+        file.write(json.dumps([side, on_disk, max(0, on_disk - kept)]) + "\n")
+    return value
+
+
+def bytes_below(folder: Path) -> int:
+    found = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found += file.stat().st_blocks * 512
+    return found
+
+
+def kills() -> dict[str, str]:
+    """Return by side what the kills cost, for the notes."""
+    costs = [json.loads(line) for line in KILLS.read_text().splitlines()]
+    return {
+        f"fetched again after a kill, {side}": ", ".join(
+            f"{again / 1e6:.0f} of {on_disk / 1e6:.0f} MB on disk"
+            for name, on_disk, again in costs
+            if name == side
+        )
+        for side in SIDES
+    }
+
+
+def again_seconds(side: str, damage: bool, cache: Path) -> float:
+    fetch = fetch_of(side, cache)
     fetch()
     if damage:
         shard = next(cache.rglob("model-00003.safetensors"))
@@ -128,10 +206,12 @@ def seconds(case: str, side: str) -> float:
     with store.target() as cache:
         if case in (AGAIN, DAMAGED):
             value = again_seconds(side, case == DAMAGED, cache)
+        elif case == KILLED:
+            value = killed_seconds(side, cache)
         else:
             mode = "TOKENIZER_ONLY" if case == TASK_TOKENIZER else "MODEL_AND_TOKENIZER"
             value = task_seconds(side, mode, cache)
-        found = next(cache.rglob("tokenizer.json")).parent
+        found = next(cache.rglob("snapshots/*/tokenizer.json")).parent
         if case == TASK_TOKENIZER:
             assert not list(found.glob("*.safetensors"))
         else:
@@ -146,8 +226,9 @@ def main() -> int:
         return 0
     benchmark = Benchmark("download", "A node's download, as a task and again", wanted=WANTED)
     with store.serving():
+        KILLS.write_text("")
         benchmark.run(CASES, SIDES, options.rounds, in_fresh_process)
-    return benchmark.finish()
+    return benchmark.finish(kills())
 
 
 if __name__ == "__main__":

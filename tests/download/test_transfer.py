@@ -690,14 +690,11 @@ def environment() -> dict[str, str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     names = [name for name in os.environ if name.startswith(("AWS_", "RAYSERVE_"))]
-    return {**{name: os.environ[name] for name in names}, "TEST_HUB_CACHE": HF_HUB_CACHE}
+    return {**{name: os.environ[name] for name in names}, "HF_HUB_CACHE": HF_HUB_CACHE}
 
 
 def child(variables: dict[str, str], barrier: Any = None) -> None:
-    import huggingface_hub.constants
-
     os.environ.update(variables)
-    huggingface_hub.constants.HF_HUB_CACHE = variables["TEST_HUB_CACHE"]
     small_units()
     if barrier is not None:
         barrier.wait()
