@@ -46,7 +46,7 @@ _TEXT_BYTES = 64 * 2**20
 # Tries in a row that bring less than this count as failures.
 _PROGRESS_BYTES = 2**20
 STALLS = 3
-BREAKS = 4
+BREAKS = 6
 BUSY = 10  # with the back-off about a minute
 BACKOFF_S = 0.2
 _LONGEST_S = 15.0

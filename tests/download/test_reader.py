@@ -263,7 +263,7 @@ def test_nobody_listens(clean: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     source = open_source("s3://bucket/model")
     pattern = (
-        r"^cannot fetch 'x' of s3://bucket/model, asked 4 times: http://127.0.0.1:1: "
+        r"^cannot fetch 'x' of s3://bucket/model, asked 6 times: http://127.0.0.1:1: "
         r"ConnectionRefusedError: \[Errno 111\] Connection refused; check endpoint, region"
     )
     with pytest.raises(DownloadError, match=pattern):

@@ -209,19 +209,19 @@ def test_a_listing_of_many_pages(server: s3.Server, weights: Path) -> None:
             WEIGHTS,
             (
                 rf"cannot fetch '{WEIGHTS}' of {URI}: the body ended early; [\d,]+ of [\d,]+ bytes "
-                r"in \d+\.\d s, 4 times; the store or a proxy cuts it off, or lists another size: "
+                r"in \d+\.\d s, 6 times; the store or a proxy cuts it off, or lists another size: "
                 "check both"
             ),
         ),
         (
             "truncated",
             WEIGHTS,
-            rf"cannot fetch '{WEIGHTS}' of {URI}: the body ended early; .*, 4 times; .*check both",
+            rf"cannot fetch '{WEIGHTS}' of {URI}: the body ended early; .*, 6 times; .*check both",
         ),
         (
             "reset",
             WEIGHTS,
-            rf"cannot fetch '{WEIGHTS}' of {URI}: .*(early|by peer); .*, 4 times; the store .*",
+            rf"cannot fetch '{WEIGHTS}' of {URI}: .*(early|by peer); .*, 6 times; the store .*",
         ),
         (
             "corrupt",
