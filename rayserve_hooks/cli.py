@@ -166,7 +166,7 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
     for hook in HOOKS:
         impls = reversed(getattr(manager.hook, hook).get_hookimpls())
         for position, impl in enumerate(impls, start=1):
-            function = inspect.unwrap(impl.function)
+            function = inspect.unwrap(impl.plugin.original(impl.function))
             options = [name for name in ("wrapper", "tryfirst", "trylast") if impl.opts[name]]
             if inspect.iscoroutinefunction(function):
                 options.append("async")

@@ -16,7 +16,7 @@ from rayserve_hooks.errors import did_you_mean
 from rayserve_hooks.hookspecs import PROJECT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HookFunction:
     """A hook of a callback, and what ``@hookimpl`` says of it."""
 
@@ -26,18 +26,37 @@ class HookFunction:
     options: pluggy.HookimplOpts
 
 
-def hook_functions(callback: object, project: str = PROJECT) -> Iterator[HookFunction]:
-    """Yield a callback's hooks: methods named after one, or marked as one for ``project``."""
-    for attribute in _names(callback):
-        found = _static_function(callback, attribute)
-        if found is None or is_inherited_spec(found[0]):
-            continue
-        holder, function = found
-        options = _options(holder, function, project)
-        if options is None and attribute in HOOKS:
-            options = _pluggy.UNDECORATED
+OptionsOf = Callable[[object, str], pluggy.HookimplOpts | None]
+"""Returns what is said of an attribute of a callback as a hook; None if it is none."""
+
+
+def hook_options(
+    callback: object, attribute: str, project: str = PROJECT
+) -> pluggy.HookimplOpts | None:
+    """Return the options of a method named after a hook, or marked as one for ``project``."""
+    found = _static_function(callback, attribute)
+    if found is None or is_inherited_spec(found[0]):
+        return None
+    holder, function = found
+    # A marker above @staticmethod or @classmethod is on these, one below on the function.
+    for marked in (holder, getattr(function, "__func__", function)):
+        options = _pluggy.impl_options(marked, project)
         if options is not None:
-            yield HookFunction(attribute, options.get("specname") or attribute, function, options)
+            return options
+    return _pluggy.UNDECORATED if attribute in HOOKS else None
+
+
+def hook_functions(
+    callback: object, options_of: OptionsOf = hook_options
+) -> Iterator[HookFunction]:
+    """Yield a callback's hooks."""
+    for attribute in _names(callback):
+        options = options_of(callback, attribute)
+        found = None if options is None else _static_function(callback, attribute)
+        if options is not None and found is not None:
+            hook = options.get("specname") or attribute
+            options = {**_pluggy.UNDECORATED, **options}
+            yield HookFunction(attribute, hook, found[1], options)
 
 
 def _names(owner: object) -> list[str]:
@@ -54,10 +73,9 @@ def _own(owner: object) -> Mapping[str, object]:
     return found
 
 
-def _options(holder: object, function: object, project: str) -> pluggy.HookimplOpts | None:
-    # A marker above @staticmethod or @classmethod is on these, one below on the function.
-    marked = (holder, getattr(function, "__func__", function))
-    return next(filter(None, (_pluggy.impl_options(mark, project) for mark in marked)), None)
+def _is(found: object, *types: type) -> bool:
+    """Return ``isinstance`` without asking ``__class__``, which a proxy answers with code."""
+    return issubclass(type(found), types)
 
 
 def _static_function(owner: object, name: str) -> tuple[object, Callable[..., Any]] | None:
@@ -66,47 +84,68 @@ def _static_function(owner: object, name: str) -> tuple[object, Callable[..., An
     Return what holds it, and the function bound as ``getattr`` would bind it.
     """
     found = inspect.getattr_static(owner, name, None)
-    if isinstance(found, types.MemberDescriptorType):  # a slot; reading one runs no code
+    if _is(found, types.MemberDescriptorType):  # a slot; reading one runs no code
         try:
             found = found.__get__(owner, type(owner))
         except (AttributeError, TypeError):  # it is not set, or the owner is the class
             return None
-    elif isinstance(found, staticmethod | classmethod) or _is_method(owner, name, found):
-        cls = owner if isinstance(owner, type) else type(owner)
+    elif _is(found, staticmethod, classmethod) or _is_method(owner, name, found):
+        cls = owner if _is(owner, type) else type(owner)
         return found, found.__get__(owner, cls)
-    return (found, found) if inspect.isroutine(found) else None
+    return (found, found) if _is(found, *_ROUTINES) else None
+
+
+_ROUTINES = (
+    types.BuiltinFunctionType,
+    types.FunctionType,
+    types.MethodType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+    types.MethodWrapperType,
+    types.ClassMethodDescriptorType,
+)
 
 
 def _is_method(owner: object, name: str, found: object) -> bool:
-    has_methods = not isinstance(owner, type | types.ModuleType)
-    return has_methods and inspect.isfunction(found) and name not in _own(owner)
+    has_methods = not _is(owner, type, types.ModuleType)
+    return has_methods and _is(found, types.FunctionType) and name not in _own(owner)
 
 
 def hook_problems(callback: object) -> list[str]:
     """Return what keeps ``callback`` from being a callback; empty when nothing does."""
-    problems: list[str] = []
     hooks = {function.attribute: function for function in hook_functions(callback)}
-    named = False
+    problems = signature_problems(callback, hooks)
+    is_callback = bool(problems)
     for name in _names(callback):
         static = inspect.getattr_static(callback, name, None)
         if name.startswith("_") or is_inherited_spec(static):
             continue
-        hook = hooks[name].hook if name in hooks else name
-        if hook in HOOKS:
-            named = True
-            if name in hooks:
-                problems.extend(_signature_problems(hooks[name]))
-            else:
-                problems.append(_no_method(name, static))
-        elif name in hooks or (name.startswith("on_") and callable(static)):
+        found = hooks.get(name)
+        hook = found.hook if found else name
+        if hook in HOOKS or (found and found.options["optionalhook"]):
+            is_callback = True
+        elif found or (name.startswith("on_") and callable(static)):
             hint = did_you_mean(hook, HOOKS, cutoff=0.85)
             if hint:
                 problems.append(f"method {name!r} is not a hook{hint}")
-            elif name in hooks:
+            elif found:
                 problems.append(f"{name!r} is marked as a hook; use one of {', '.join(HOOKS)}")
-    if not named and not problems:
-        kind = type(callback).__name__
-        problems.append(f"{kind} has no hook; define at least one of {', '.join(HOOKS)}")
+    if not is_callback and not problems:
+        problems.append(f"{type(callback).__name__} has no hook; define at least one of {', '.join(HOOKS)}")
+    return problems
+
+
+def signature_problems(callback: object, hooks: Mapping[str, HookFunction]) -> list[str]:
+    """Return why ``hooks`` of a callback, by attribute, could not be called."""
+    problems: list[str] = []
+    for name in _names(callback):
+        found = hooks.get(name)
+        if found and found.hook in HOOKS:
+            problems.extend(_problems_of(found))
+        elif not found and name in HOOKS:
+            static = inspect.getattr_static(callback, name, None)
+            if not is_inherited_spec(static):
+                problems.append(_no_method(name, static))
     return problems
 
 
@@ -115,7 +154,7 @@ def _no_method(name: str, found: object) -> str:
     return f"{name!r} is named after a hook, but is a {kind}; define a method of that name"
 
 
-def _signature_problems(hook: HookFunction) -> list[str]:
+def _problems_of(hook: HookFunction) -> list[str]:
     name, function = hook.attribute, hook.function
     unbound = getattr(function, "__func__", function)
     if not inspect.isfunction(unbound):
@@ -123,7 +162,10 @@ def _signature_problems(hook: HookFunction) -> list[str]:
     known = HOOK_PARAMETERS[hook.hook]
     arguments = ", ".join([*(["self"] if inspect.ismethod(function) else []), *known])
     wanted = f"write 'def {name}({arguments})'"
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # such as of a method without any parameter
+        return [f"{name}() takes nothing, or says wrongly what it takes; {wanted}"]
     problems = []
     if "ctx" not in parameters:
         problems.append(f"{name}() has no parameter 'ctx'; {wanted}")
@@ -131,15 +173,29 @@ def _signature_problems(hook: HookFunction) -> list[str]:
         if parameter.name not in known:
             problem = f"has unknown parameter {parameter.name!r}"
         elif parameter.default is not parameter.empty:
-            # pluggy leaves a parameter with a default at its default.
-            problem = f"gives {parameter.name!r} a default and would never get it"
+            problem = f"gives {parameter.name!r} a default, but is always called with it"
         elif parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             problem = f"takes {parameter.name!r} by keyword only, which pluggy cannot"
         else:
             continue
         problems.append(f"{name}() {problem}; {wanted}")
-    if hook.options.get("hookwrapper"):
+    return [*problems, *_option_problems(hook)]
+
+
+def _option_problems(hook: HookFunction) -> list[str]:
+    name, function, options = hook.attribute, hook.function, hook.options
+    problems = []
+    if options["tryfirst"] and options["trylast"]:
+        problems.append(f"{name}() is marked tryfirst and trylast; keep one of them")
+    if options["hookwrapper"]:
         problems.append(f"{name}() is an old-style hookwrapper; use wrapper=True")
-    if hook.options.get("wrapper") and not inspect.isgeneratorfunction(function):
-        problems.append(f"wrapper {name}() must be a 'def' with one 'yield'")
+    elif options["wrapper"]:
+        if not inspect.isgeneratorfunction(function):
+            problems.append(f"wrapper {name}() must be a 'def' with one 'yield'")
+    elif inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        kind = "an async generator" if inspect.isasyncgenfunction(function) else "a generator"
+        problems.append(
+            f"{name}() is {kind}, of which nothing would run; drop its 'yield', or make it a "
+            "'def' under @hookimpl(wrapper=True)"
+        )
     return problems
