@@ -9,6 +9,7 @@ from typing import Any
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core import threads
+from rayserve_hooks.core.inspection import is_a
 from rayserve_hooks.errors import CallbackConfigError
 
 _SHARED = ("placement_group", "runtime_env", "custom_data")
@@ -16,10 +17,10 @@ _SHARED = ("placement_group", "runtime_env", "custom_data")
 
 def adapt_ray_callback(found: object, kwargs: Mapping[str, Any]) -> RayCallback | None:
     """Return a plugin for a class that is written for Ray's own slot; None for anything else."""
-    cls = found if isinstance(found, type) else type(found)
+    cls = found if is_a(found, type) else type(found)
     if not _ray.is_ray_callback(cls):
         return None
-    if cls is not found:
+    if not is_a(found, type):
         raise CallbackConfigError(
             "is an instance of a Ray callback, which belongs to one config and context; name the "
             "class, with its arguments in kwargs"

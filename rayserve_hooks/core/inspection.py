@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import pluggy
 
@@ -14,6 +14,13 @@ from rayserve_hooks.core import _pluggy
 from rayserve_hooks.core.hooks import HOOK_PARAMETERS, HOOKS, is_inherited_spec
 from rayserve_hooks.errors import did_you_mean
 from rayserve_hooks.hookspecs import PROJECT
+
+T = TypeVar("T")
+
+
+def is_a(found: object, kind: type[T] | tuple[type[T], ...]) -> TypeGuard[T]:
+    """Return what ``isinstance`` does without ``__class__``, which a proxy answers with code."""
+    return issubclass(type(found), kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +31,24 @@ class HookFunction:
     hook: str  # not the attribute's name where ``specname`` says so
     function: Callable[..., Any]  # bound to the callback
     options: pluggy.HookimplOpts
+
+
+@dataclass(frozen=True, eq=False)
+class Unbuilt:
+    """Stands for an instance of a class that is looked at before anything of it is called."""
+
+    cls: type
+
+    @property
+    def may_set_hooks(self) -> bool:
+        """Whether a method of the class names a hook, which its constructor may then set."""
+        functions = (value for cls in self.cls.__mro__ for value in vars(cls).values())
+        codes = (f.__code__ for f in functions if is_a(f, types.FunctionType))
+        return any(not {*code.co_names, *_strings(code)}.isdisjoint(HOOKS) for code in codes)
+
+
+def _strings(code: types.CodeType) -> Iterator[str]:
+    return (constant for constant in code.co_consts if type(constant) is str)
 
 
 OptionsOf = Callable[[object, str], pluggy.HookimplOpts | None]
@@ -50,7 +75,7 @@ def hook_functions(
     callback: object, options_of: OptionsOf = hook_options
 ) -> Iterator[HookFunction]:
     """Yield a callback's hooks."""
-    for attribute in _names(callback):
+    for attribute in names_of(callback):
         options = options_of(callback, attribute)
         found = None if options is None else _static_function(callback, attribute)
         if options is not None and found is not None:
@@ -59,13 +84,25 @@ def hook_functions(
             yield HookFunction(attribute, hook, found[1], options)
 
 
-def _names(owner: object) -> list[str]:
+def names_of(owner: object) -> list[str]:
     """Return what ``dir()`` would, without asking ``__dir__`` or, for slots, ``__getattr__``."""
-    classes = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
-    return sorted({*_own(owner), *(name for cls in classes for name in vars(cls))})
+    inherited = (name for cls in _class_of(owner).__mro__ for name in vars(cls))
+    return sorted({*_own(owner), *inherited})
+
+
+def _class_of(owner: object) -> type:
+    if is_a(owner, Unbuilt):
+        return owner.cls
+    return owner if is_a(owner, type) else type(owner)
+
+
+def _static(owner: object, name: str) -> Any:
+    return inspect.getattr_static(owner.cls if is_a(owner, Unbuilt) else owner, name, None)
 
 
 def _own(owner: object) -> Mapping[str, object]:
+    if is_a(owner, Unbuilt):
+        return {}
     try:
         found: Mapping[str, object] = object.__getattribute__(owner, "__dict__")
     except AttributeError:
@@ -73,26 +110,20 @@ def _own(owner: object) -> Mapping[str, object]:
     return found
 
 
-def _is(found: object, *types: type) -> bool:
-    """Return ``isinstance`` without asking ``__class__``, which a proxy answers with code."""
-    return issubclass(type(found), types)
-
-
 def _static_function(owner: object, name: str) -> tuple[object, Callable[..., Any]] | None:
     """Find a function without running a property, a ``cached_property`` or ``__getattr__``.
 
     Return what holds it, and the function bound as ``getattr`` would bind it.
     """
-    found = inspect.getattr_static(owner, name, None)
-    if _is(found, types.MemberDescriptorType):  # a slot; reading one runs no code
+    found = _static(owner, name)
+    if is_a(found, types.MemberDescriptorType):  # a slot; reading one runs no code
         try:
             found = found.__get__(owner, type(owner))
         except (AttributeError, TypeError):  # it is not set, or the owner is the class
             return None
-    elif _is(found, staticmethod, classmethod) or _is_method(owner, name, found):
-        cls = owner if _is(owner, type) else type(owner)
-        return found, found.__get__(owner, cls)
-    return (found, found) if _is(found, *_ROUTINES) else None
+    elif is_a(found, (staticmethod, classmethod)) or _is_method(owner, name, found):
+        return found, found.__get__(owner, _class_of(owner))
+    return (found, found) if issubclass(type(found), _ROUTINES) else None
 
 
 _ROUTINES = (
@@ -107,8 +138,8 @@ _ROUTINES = (
 
 
 def _is_method(owner: object, name: str, found: object) -> bool:
-    has_methods = not _is(owner, type, types.ModuleType)
-    return has_methods and _is(found, types.FunctionType) and name not in _own(owner)
+    has_methods = not is_a(owner, (type, types.ModuleType))
+    return has_methods and is_a(found, types.FunctionType) and name not in _own(owner)
 
 
 def hook_problems(callback: object) -> list[str]:
@@ -116,8 +147,8 @@ def hook_problems(callback: object) -> list[str]:
     hooks = {function.attribute: function for function in hook_functions(callback)}
     problems = signature_problems(callback, hooks)
     is_callback = bool(problems)
-    for name in _names(callback):
-        static = inspect.getattr_static(callback, name, None)
+    for name in names_of(callback):
+        static = _static(callback, name)
         if name.startswith("_") or is_inherited_spec(static):
             continue
         found = hooks.get(name)
@@ -131,20 +162,24 @@ def hook_problems(callback: object) -> list[str]:
             elif found:
                 problems.append(f"{name!r} is marked as a hook; use one of {', '.join(HOOKS)}")
     if not is_callback and not problems:
-        problems.append(f"{type(callback).__name__} has no hook; define at least one of {', '.join(HOOKS)}")
+        if is_a(callback, Unbuilt) and callback.may_set_hooks:
+            return problems
+        kind = _class_of(callback).__name__
+        problems.append(f"{kind} has no hook; define at least one of {', '.join(HOOKS)}")
     return problems
 
 
 def signature_problems(callback: object, hooks: Mapping[str, HookFunction]) -> list[str]:
     """Return why ``hooks`` of a callback, by attribute, could not be called."""
     problems: list[str] = []
-    for name in _names(callback):
+    for name in names_of(callback):
         found = hooks.get(name)
         if found and found.hook in HOOKS:
             problems.extend(_problems_of(found))
         elif not found and name in HOOKS:
-            static = inspect.getattr_static(callback, name, None)
-            if not is_inherited_spec(static):
+            static = _static(callback, name)
+            # Of what is not built a slot, or a default, says nothing of what will be there.
+            if not is_inherited_spec(static) and not is_a(callback, Unbuilt):
                 problems.append(_no_method(name, static))
     return problems
 

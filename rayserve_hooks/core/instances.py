@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,11 +16,28 @@ Dumps = Callable[[Any], bytes]
 """Pickles a value; what it returns, ``pickle.loads`` reads."""
 
 _PROCESS = os.urandom(16).hex()
+_numbers = itertools.count()
+_named: dict[int, tuple[weakref.ref[Any], str]] = {}
 
 
 def identity(value: object) -> str:
-    """Return a name of an object for as long as it lives, different in all processes."""
-    return f"{_PROCESS}:{os.getpid()}:{id(value)}"
+    """Return a name of an object, which no other ever has: in any process, or after it is gone."""
+    reference, name = _named.get(id(value), (None, ""))
+    if reference is not None and reference() is value:
+        return name
+    # The pid, too: a forked process goes on with the same numbers.
+    name = f"{_PROCESS}:{os.getpid()}:{next(_numbers)}"
+    try:
+        reference = weakref.ref(value, functools.partial(_forget, id(value)))
+    except TypeError:  # it takes none; its place is its name, while whoever asked holds it
+        return f"{_PROCESS}:{os.getpid()}:at {id(value)}"
+    _named[id(value)] = reference, name
+    return name
+
+
+def _forget(place: int, reference: weakref.ref[Any]) -> None:
+    if place in _named and _named[place][0] is reference:
+        del _named[place]
 
 
 class Instance:

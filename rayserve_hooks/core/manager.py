@@ -22,6 +22,7 @@ from rayserve_hooks.core.inspection import (
     HookFunction,
     hook_functions,
     hook_options,
+    is_a,
     signature_problems,
 )
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
@@ -123,8 +124,7 @@ class PluginManager(pluggy.PluginManager):
         A hook that could not be called, and an object that is registered already, are a
         `CallbackConfigError`, a taken name a ValueError. After an error nothing is registered.
         """
-        if isinstance(plugin, RegisteredCallback):
-            plugin = plugin.callback
+        plugin = _callback(plugin)
         if plugin is None:  # ignored, as in pluggy
             return None
         name = name or self.get_canonical_name(plugin)
@@ -164,7 +164,7 @@ class PluginManager(pluggy.PluginManager):
         return instrument(hook.function, self.blame(name, hook.hook))
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
-        if isinstance(plugin, RegisteredCallback):
+        if is_a(plugin, RegisteredCallback):
             return plugin.options_of(name)
         return hook_options(plugin, name, self.project_name)
 
@@ -179,7 +179,7 @@ class PluginManager(pluggy.PluginManager):
                 if self.has_plugin(found) or self.is_blocked(found):
                     continue
                 plugin = entry_point.load()
-                if isinstance(plugin, type):
+                if is_a(plugin, type):
                     plugin = CallbackEntry(plugin, name=found).create(self.stack.adapt)
                 self.register(plugin, found)
                 _pluggy.note_distribution(self, plugin, distribution)
@@ -198,7 +198,7 @@ class PluginManager(pluggy.PluginManager):
     # pluggy compares with ``==``, which would run what is not registered; so only ours go there.
 
     def get_canonical_name(self, plugin: Any) -> str:
-        named = isinstance(plugin, type | ModuleType)
+        named = is_a(plugin, (type, ModuleType))
         name = plugin.__name__ if named else inspect.getattr_static(plugin, "__name__", None)
         return name if isinstance(name, str) else str(id(plugin))
 
@@ -273,7 +273,7 @@ class PluginManager(pluggy.PluginManager):
 
 
 def _callback(found: Any) -> Any:
-    return found.callback if isinstance(found, RegisteredCallback) else found
+    return found.callback if is_a(found, RegisteredCallback) else found
 
 
 @contextlib.contextmanager

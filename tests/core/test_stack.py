@@ -22,6 +22,7 @@ from steps import step
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.limits import TimeLimits
+from rayserve_hooks.core.masking import shown
 from rayserve_hooks.core.stack import DISABLE_VARIABLE, CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError
 
@@ -66,10 +67,10 @@ def test_the_same_class_may_be_stacked_twice_under_two_names() -> None:
     assert [entry.name for entry in entries] == ["Plain", "again"]
 
 
-@pytest.mark.parametrize("item", [True, False, None, 3, 1.5, b"plugins_for_tests:Plain"])
+@pytest.mark.parametrize("item", [True, False, None, 3, 1.5, [], (1, "a")])
 def test_an_item_that_names_nothing(item: object) -> None:
     text = (
-        f"callbacks[1] is {item!r}; write a string such as 'pkg.module:Class', a class, an "
+        f"callbacks[1] is {shown(item)}; write a string such as 'pkg.module:Class', a class, an "
         "instance, a module, or a mapping with 'callback'"
     )
     with refused(text):
@@ -113,7 +114,7 @@ def test_a_wrong_name(wrong: object) -> None:
         parse_callbacks([{"callback": Plain, "name": wrong}])
 
 
-@pytest.mark.parametrize("wrong", [True, 3, b"plugins_for_tests:Plain"])
+@pytest.mark.parametrize("wrong", [True, 3, []])
 def test_a_mapping_whose_callback_names_nothing(wrong: object) -> None:
     text = (
         f"callbacks[0]: callback is {wrong!r}; write a string such as 'pkg.module:Class', a "
