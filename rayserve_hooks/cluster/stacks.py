@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.ray_callback import adapt_ray_callback
 from rayserve_hooks.core.instances import Instance
 from rayserve_hooks.core.manager import PluginManager, manager_of
-from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
+from rayserve_hooks.core.stack import CallbackEntry, CallbackStack, kept_by
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
 
@@ -40,6 +41,7 @@ def stack_of(config: Any) -> CallbackStack:
             from ray import cloudpickle
 
             stack.freeze(cloudpickle.dumps)
+        stack = replace(stack, kept=kept_by(config))
     return stack.for_deployment(_ray.deployment_name(config.model_id))
 
 

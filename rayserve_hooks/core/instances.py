@@ -8,36 +8,54 @@ import os
 import pickle
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rayserve_hooks.errors import CallbackConfigError, describe
+
+T = TypeVar("T")
 
 Dumps = Callable[[Any], bytes]
 """Pickles a value; what it returns, ``pickle.loads`` reads."""
 
+
+class ByObject(Generic[T]):
+    """A value for each object, for as long as that lives; two that are equal have two."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._values: dict[int, tuple[weakref.ref[Any], T]] = {}
+
+    def of(self, owner: object) -> T:
+        """Return an object's value, made at the first call.
+
+        Raises:
+            TypeError: The object takes no weak reference.
+        """
+        place = id(owner)
+        reference, value = self._values.get(place, (None, None))
+        if reference is not None and reference() is owner:
+            return value  # type: ignore[return-value]
+        made = weakref.ref(owner, functools.partial(self._forget, place)), self._make()
+        self._values[place] = made
+        return made[1]
+
+    def _forget(self, place: int, reference: weakref.ref[Any]) -> None:
+        if place in self._values and self._values[place][0] is reference:
+            del self._values[place]
+
+
 _PROCESS = os.urandom(16).hex()
 _numbers = itertools.count()
-_named: dict[int, tuple[weakref.ref[Any], str]] = {}
+# The pid, too: a forked process goes on with the same numbers.
+_names = ByObject(lambda: f"{_PROCESS}:{os.getpid()}:{next(_numbers)}")
 
 
 def identity(value: object) -> str:
     """Return a name of an object, which no other ever has: in any process, or after it is gone."""
-    reference, name = _named.get(id(value), (None, ""))
-    if reference is not None and reference() is value:
-        return name
-    # The pid, too: a forked process goes on with the same numbers.
-    name = f"{_PROCESS}:{os.getpid()}:{next(_numbers)}"
     try:
-        reference = weakref.ref(value, functools.partial(_forget, id(value)))
-    except TypeError:  # it takes none; its place is its name, while whoever asked holds it
+        return _names.of(value)
+    except TypeError:  # its place is its name, while whoever asked holds it
         return f"{_PROCESS}:{os.getpid()}:at {id(value)}"
-    _named[id(value)] = reference, name
-    return name
-
-
-def _forget(place: int, reference: weakref.ref[Any]) -> None:
-    if place in _named and _named[place][0] is reference:
-        del _named[place]
 
 
 class Instance:

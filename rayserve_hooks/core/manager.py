@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from types import ModuleType
@@ -285,17 +286,49 @@ def _blames_callback() -> Iterator[None]:
         raise
 
 
-_managers: dict[object, PluginManager] = {}
-_managers_lock = threading.RLock()  # a callback's constructor may ask for its own manager
+_managers: weakref.WeakValueDictionary[object, PluginManager] = weakref.WeakValueDictionary()
+_builders: dict[object, int] = {}  # by key, the thread that builds its manager
+_waiting: dict[int, object] = {}  # by thread, the key whose manager it waits for
+_built = threading.Condition()
 
 
 def manager_of(stack: CallbackStack) -> PluginManager:
     """Return this process's plugin manager of a stack; the first call builds it.
 
     Ray reuses worker processes across deployments, so the manager is kept by deployment and
-    callback list, never by process alone. Threads that ask at the same moment get the same one.
+    callback list, never by process alone, and for as long as one of its configs lives. Threads
+    that ask at the same moment get the same one; those that ask for others do not wait.
     """
-    with _managers_lock:
-        if stack.key not in _managers:
-            _managers[stack.key] = PluginManager(stack)
-        return _managers[stack.key]
+    key, thread = stack.key, threading.get_ident()
+    with _built:
+        while key in _builders:
+            _refuse_circle(key, thread)
+            _waiting[thread] = key
+            _built.wait()
+            del _waiting[thread]
+        manager = _managers.get(key)
+        if manager is None:
+            _builders[key] = thread
+    if manager is None:
+        try:
+            manager = PluginManager(stack)
+        finally:
+            with _built:
+                if manager is not None:
+                    _managers[key] = manager
+                del _builders[key]
+                _built.notify_all()
+    stack.kept.managers[key] = manager
+    return manager
+
+
+def _refuse_circle(key: object, thread: int) -> None:
+    """Raise where a constructor asks for what waits for it, which would hang for ever."""
+    awaited: object | None = key
+    while awaited in _builders:
+        builder = _builders[awaited]
+        if builder == thread:
+            raise RuntimeError(
+                "it asks for a plugin manager that is built only after it; ask in a hook"
+            )
+        awaited = _waiting.get(builder)

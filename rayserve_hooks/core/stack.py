@@ -19,7 +19,7 @@ from types import (
 )
 from typing import Any, Literal
 
-from rayserve_hooks.core.instances import Dumps, Instance, identity
+from rayserve_hooks.core.instances import ByObject, Dumps, Instance, identity
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, explained, no_adapter
 from rayserve_hooks.core.log import logger
@@ -160,6 +160,30 @@ def _canonical(value: Any) -> object:
     return kind.__name__, repr(value) if plain else identity(value)
 
 
+class Kept:
+    """What lives in this process as long as a config does: the managers of its stack.
+
+    It is neither compared nor sent, and a deep copy of a stack has its own.
+    """
+
+    def __init__(self) -> None:
+        self.managers: dict[object, object] = {}
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
+_kept = ByObject(Kept)
+
+
+def kept_by(config: object) -> Kept:
+    """Return what lives as long as a config whose stack is read anew each time."""
+    try:
+        return _kept.of(config)
+    except TypeError:  # such as a dict
+        return Kept()
+
+
 @dataclass(frozen=True)
 class CallbackStack:
     """A deployment's callback list: what travels to other processes, where managers are built."""
@@ -169,6 +193,7 @@ class CallbackStack:
     time_limits: TimeLimits = field(default_factory=TimeLimits)
     deployment: str = ""  # so that two with the same list share nothing
     adapt: Adapt = no_adapter  # a function that pickles
+    kept: Kept = field(default_factory=Kept, compare=False, repr=False)  # all made of it share it
 
     @classmethod
     def parse(

@@ -436,6 +436,91 @@ def test_a_callback_may_ask_for_a_manager_while_it_is_built() -> None:
     assert run_script(script) == "['Asks']"
 
 
+def test_a_callback_that_asks_for_its_own_manager_is_told_so(app: str) -> None:
+    class AsksForOwn:
+        def __init__(self) -> None:
+            manager_of(stack)
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    stack = stack_of(app, AsksForOwn)
+    text = "RuntimeError: it asks for a plugin manager that is built only after it; ask in a hook$"
+    with pytest.raises(CallbackConfigError, match=text):
+        manager_of(stack)
+
+
+def test_two_callbacks_that_ask_for_each_others_manager_do_not_hang(app: str) -> None:
+    both = threading.Barrier(2)
+    stacks: list[CallbackStack] = []
+
+    class AsksForOther:
+        def __init__(self, other: int) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):  # built again by the other
+                both.wait(0.2)
+            manager_of(stacks[other])
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    stacks += [
+        stack_of(f"{app} {index}", {"callback": AsksForOther, "kwargs": {"other": 1 - index}})
+        for index in range(2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(manager_of, stack) for stack in stacks]
+        errors = [str(future.exception(10)) for future in futures]
+    assert any("it asks for a plugin manager that is built only after it" in e for e in errors)
+
+
+def test_a_slow_constructor_holds_up_no_other_deployment(app: str) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __init__(self) -> None:
+            started.set()
+            assert go_on.wait(10)
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(manager_of, stack_of(app, Slow))
+        assert started.wait(10)
+        assert manager_of(stack_of(f"{app} other")).run_order()["on_before_init"] == ["Empty"]
+        go_on.set()
+        assert slow.result(10).run_order()["on_before_init"] == ["Slow"]
+
+
+def test_a_manager_lives_as_long_as_what_is_made_of_its_stack_and_no_longer(app: str) -> None:
+    instance = Empty()
+    stack = CallbackStack.parse([instance])
+    manager = weakref.ref(manager_of(stack.for_deployment(app).here()))
+    reference = weakref.ref(instance)
+    del instance
+    gc.collect()
+    assert manager_of(stack.for_deployment(app)) is manager()
+    del stack
+    gc.collect()
+    assert (manager(), reference()) == (None, None)
+
+
+def test_many_stacks_that_are_gone_keep_nothing(app: str) -> None:
+    references = []
+    for index in range(50):
+        instance = Empty()
+        references.append(weakref.ref(instance))
+        manager_of(stack_of(f"{app} {index}", instance))
+    del instance
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 50
+
+
+def test_what_is_kept_is_neither_sent_nor_compared(app: str) -> None:
+    stack = stack_of(app)
+    manager_of(stack)
+    assert sent(stack) == stack
+    assert sent(stack).kept.managers == {}
+    assert manager_of(sent(stack)) is manager_of(stack)
+
+
 def test_subset_hook_caller_keeps_the_order_of_a_clean_up() -> None:
     manager, ctx = make_manager(*(cleans(name) for name in "abc")), make_ctx()
     subset = manager.subset_hook_caller(CLEAN_UP, [manager.get_plugin("b")])
