@@ -10,6 +10,7 @@ from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.ray_callback import adapt_ray_callback
 from rayserve_hooks.core.instances import Instance
 from rayserve_hooks.core.manager import PluginManager, manager_of
+from rayserve_hooks.core.masking import shown
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack, kept_by
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
@@ -53,10 +54,10 @@ def parse_settings(
         entries = (CallbackEntry(callback_class, kwargs),)
         return CallbackStack(entries, on_error, adapt=adapt_ray_callback)
     problems = Problems()
-    for unknown in sorted(set(kwargs) - {"callbacks", "time_limits"}):
+    for unknown in sorted(shown(key) for key in {*kwargs} - {"callbacks", "time_limits"}):
         with problems.collected():
             raise CallbackConfigError(
-                f"callback_kwargs has unknown key {unknown!r}; HooksCallback takes 'callbacks', a "
+                f"callback_kwargs has unknown key {unknown}; HooksCallback takes 'callbacks', a "
                 "list, and 'time_limits', a mapping"
             )
     stack = CallbackStack()

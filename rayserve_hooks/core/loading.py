@@ -8,8 +8,11 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import getattr_static
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -176,7 +179,16 @@ def resolve(target: str) -> object:
 @functools.cache
 def short_names() -> dict[str, importlib.metadata.EntryPoint]:
     """Return what is installed under the entry-point group; nothing of it is imported."""
-    return {ep.name: ep for ep in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    return {name: entry_points[0] for name, entry_points in installed().items()}
+
+
+def installed() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Return all that is installed under each short name; the first is the one it means."""
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    # In the order of sys.path, so that the first is the one that an import would find.
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        found.setdefault(entry_point.name, []).append(entry_point)
+    return found
 
 
 def _import(module_name: str, target: str) -> ModuleType:
@@ -192,8 +204,17 @@ def _import(module_name: str, target: str) -> ModuleType:
             raise CallbackConfigError(
                 f"callback {target!r}: no module named {missing!r} and no such short name"
                 f"{did_you_mean(target, short_names())}; write 'pkg.module:Class' of a module that "
-                f"can be imported here, or a short name (known: {known})"
+                f"can be imported here, or a short name (known: {known}; here is {_here()})"
             ) from error
+
+
+def _here() -> str:
+    """Return where this process imports from, beside what is installed."""
+    prefixes = (sys.prefix, sys.base_prefix)
+    own = dict.fromkeys(
+        path or str(Path.cwd()) for path in sys.path if not path.startswith(prefixes)
+    )
+    return f"host {socket.gethostname()!r} with {', '.join(map(repr, own)) or 'what is installed'}"
 
 
 _ABSENT = object()

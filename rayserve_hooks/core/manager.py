@@ -102,17 +102,18 @@ class Callbacks(AbstractSet[Any]):
 class PluginManager(pluggy.PluginManager):
     """A `pluggy.PluginManager` whose hooks run in list order, are traced and name who failed.
 
-    It builds and registers the callbacks of a stack; an error names all that cannot be. Its
+    It builds and registers the callbacks of a stack; an error names all that cannot be. Without
+    ``construct`` no class is called, and an `Unbuilt` stands for each, only to be looked at. Its
     methods take and return callbacks, and tell them apart by identity.
     """
 
-    def __init__(self, stack: CallbackStack) -> None:
+    def __init__(self, stack: CallbackStack, construct: bool = True) -> None:
         super().__init__(PROJECT)
         self.stack = stack
         self.add_hookspecs(RayServeLLMCallback)
         self._entries = {entry.name: entry for entry in stack.entries}
         # Built in list order, registered from the last: pluggy runs the last registered first.
-        for entry, plugin in reversed(stack.build()):
+        for entry, plugin in reversed(stack.build(construct)):
             self.register(plugin, entry.name)
         for hook in HOOKS:
             # Cleaning up goes the other way.

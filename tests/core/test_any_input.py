@@ -255,6 +255,7 @@ def what_is_wrong(callbacks: object, limits: object) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_any_shape_ends_in_a_manager_or_in_the_documented_error() -> None:
     random, until = Random(12), time.monotonic() + BUDGET_S
     for _ in range(5000):
