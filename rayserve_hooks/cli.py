@@ -16,6 +16,7 @@ from typing import Any
 
 from rayserve_hooks import __version__
 from rayserve_hooks.cluster._ray import HOOKS_CALLBACK
+from rayserve_hooks.cluster.ray_callback import RayCallback
 from rayserve_hooks.cluster.schema import config_schema
 from rayserve_hooks.cluster.stacks import parse_settings
 from rayserve_hooks.core.hooks import HOOKS
@@ -249,7 +250,10 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any], construct: bool) -
     for hook in HOOKS:
         impls = reversed(getattr(manager.hook, hook).get_hookimpls())
         for position, impl in enumerate(impls, start=1):
-            function = inspect.unwrap(impl.plugin.original(impl.function))
+            callback, function = impl.plugin.callback, impl.plugin.original(impl.function)
+            if isinstance(callback, RayCallback):
+                function = callback.method_of(hook)
+            function = inspect.unwrap(function)
             options = [name for name in ("wrapper", "tryfirst", "trylast") if impl.opts[name]]
             if inspect.iscoroutinefunction(function):
                 options.append("async")

@@ -208,11 +208,25 @@ def test_a_ray_callback_instead_of_ours_is_a_list_of_one(
 ) -> None:
     settings = {"callback_class": "ray_callbacks:Strict"}
     path = write_llm_config(tmp_path, {"callback_config": settings})
-    assert [(row["hook"], row["callback"]) for row in rows(capsys, "order", path)] == [
+    found = rows(capsys, "order", path)
+    assert [(row["hook"], row["callback"]) for row in found] == [
         ("on_before_init", "Strict"),
         ("on_before_download", "Strict"),
         ("on_after_init", "Strict"),
     ]
+
+
+@pytest.mark.slow  # it imports Ray
+def test_a_ray_callback_is_shown_with_its_own_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = rows(capsys, "order", write_config(tmp_path, ["ray_callbacks:Everything"]))
+    for row in found:
+        file, _, line = row["source"].rpartition(":")
+        assert Path(file).name == "ray_callbacks.py"
+        method = Path(file).read_text().splitlines()[int(line) - 1]
+        assert row["hook"].removesuffix("_init").removesuffix("_download") in method
+    assert [row["options"] for row in found] == [["async"], [], ["async"]]
 
 
 @pytest.mark.slow  # it imports Ray
@@ -222,8 +236,9 @@ def test_a_wrong_argument_of_a_ray_callback(
     settings = {"callback_class": "ray_callbacks:Strict", "callback_kwargs": {"pahts": []}}
     assert main(["order", write_llm_config(tmp_path, {"callback_config": settings})]) == 1
     assert capsys.readouterr().err == (
-        "rayserve-hooks: default/?: callback 'Strict': ray_callbacks.Strict refused kwargs "
-        "['pahts']: got an unexpected keyword argument 'pahts'\n"
+        "rayserve-hooks: default/?: callback 'Strict': ray_callbacks.Strict(llm_config: 'Any', "
+        "raise_error_on_callback: 'bool', ctx_kwargs: 'Any') refused kwargs ['pahts']: TypeError: "
+        "got an unexpected keyword argument 'pahts'; drop it\n"
     )
 
 

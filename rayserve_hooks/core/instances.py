@@ -71,6 +71,11 @@ class Instance:
         self._instance: object | None = instance
         self._pickled: bytes | None = None
 
+    @property
+    def cls(self) -> type:
+        """The instance's class, in the process where it was configured."""
+        return type(self._instance)
+
     def freeze(self, dumps: Dumps) -> None:
         """Pickle the instance, once; if one attribute refuses, raise a `TypeError` naming it."""
         if self._pickled is None:
@@ -105,6 +110,24 @@ class Instance:
 
     def __repr__(self) -> str:
         return f"instance of {self.class_name}"
+
+
+def class_refusal(cls: type, dumps: Dumps) -> str | None:
+    """Return why a class that no other process has, such as one of a notebook, cannot be sent."""
+    try:
+        dumps(cls)
+    except Exception as error:  # any value of it can refuse in its own way
+        for name, value in vars(cls).items():
+            try:
+                dumps(value)
+            except Exception as reason:  # as above
+                kind = type(value).__name__
+                return (
+                    f"its class is in {cls.__module__!r}, which is another module there, and does "
+                    f"not pickle for its attribute {name!r}, a {kind}: {reason}"
+                )
+        return f"its class is in {cls.__module__!r}, which is another module there: {error}"
+    return None
 
 
 def _attributes(instance: object) -> Iterator[tuple[str, object]]:

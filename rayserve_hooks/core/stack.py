@@ -19,7 +19,7 @@ from types import (
 )
 from typing import Any, Literal
 
-from rayserve_hooks.core.instances import ByObject, Dumps, Instance, identity
+from rayserve_hooks.core.instances import ByObject, Dumps, Instance, class_refusal, identity
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, explained, no_adapter
 from rayserve_hooks.core.log import logger
@@ -133,9 +133,14 @@ class CallbackEntry:
                 self.callback.freeze(dumps)
             dumps((self.callback, self.kwargs))
         except Exception as error:  # every class can refuse in its own way
+            reason = describe(error)
+            if isinstance(self.callback, type | Instance):
+                cls = self.callback if isinstance(self.callback, type) else self.callback.cls
+                refusal = class_refusal(cls, dumps)
+                if refusal:
+                    reason, advice = refusal, "define the class in a module that replicas have"
             raise CallbackConfigError(
-                f"callback {self.name!r} cannot be sent to another process: {describe(error)}; "
-                f"{advice}"
+                f"callback {self.name!r} cannot be sent to another process: {reason}; {advice}"
             ) from error
 
     def __repr__(self) -> str:
