@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import inspect
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayserve_hooks import __version__
 from rayserve_hooks.cluster._ray import HOOKS_CALLBACK
+from rayserve_hooks.cluster.ray_callback import RayCallback
 from rayserve_hooks.cluster.schema import config_schema
 from rayserve_hooks.cluster.stacks import parse_settings
 from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.inspection import hook_functions
-from rayserve_hooks.core.loading import short_names
+from rayserve_hooks.core.loading import installed
 from rayserve_hooks.core.manager import PluginManager
-from rayserve_hooks.errors import CallbackConfigError, Problems
+from rayserve_hooks.core.masking import shown
+from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 from rayserve_hooks.trace import format_table
 
 Row = dict[str, Any]
 _COLUMNS = ("deployment", "hook", "position", "callback", "options", "distribution", "source")
+
+
+_TRUST = (
+    "The callbacks that the file names are imported and built, which runs code of theirs: use it "
+    "for files that you trust."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,54 +43,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0: the table, JSON or schema has been printed.
         1: the config is wrong; every problem has been printed to standard error.
+        141: whoever read the output has closed it, as ``head`` does.
 
     Raises:
         SystemExit: The command line itself is wrong (exit code 2), or ``--help`` was asked for.
     """
     options = _parser().parse_args(arguments)
-    if options.command == "schema":
-        print(json.dumps(config_schema(), indent=2))
-        return 0
-    # As 'serve run' does: callbacks are often modules beside the config.
-    sys.path.insert(0, str(Path(options.app_dir).absolute()))
+    for stream in (sys.stdout, sys.stderr):  # a name may be no text
+        with contextlib.suppress(AttributeError):  # it is somebody's own
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        rows = order(options.config) if options.command == "order" else plugins()
+        print(_output(options), flush=True)
     except CallbackConfigError as error:
         print(f"rayserve-hooks: {error}", file=sys.stderr)
         return 1
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    elif rows:
-        print(
-            format_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
-        )
-    else:
-        print("no callbacks")
+    except BrokenPipeError:
+        # Or Python complains when it closes the stream at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
+
+
+def _output(options: argparse.Namespace) -> str:
+    if options.command == "schema":
+        return json.dumps(config_schema(), indent=2)
+    # As 'serve run' does: callbacks are often modules beside the config.
+    sys.path.insert(0, str(Path(options.app_dir).absolute()))
+    if options.command == "order":
+        rows = order(options.config, construct=not options.import_only)
+    else:
+        rows = plugins()
+    if options.json:
+        return json.dumps(rows, indent=2)
+    if not rows:
+        return "no callbacks"
+    return format_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rayserve-hooks", description="See callbacks before anything is deployed."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of a table")
     common.add_argument("--app-dir", default=".", help="folder to import callbacks from")
     commands = parser.add_subparsers(dest="command", required=True)
     in_order = commands.add_parser(
-        "order", parents=[common], help="print the callbacks of a Serve config in run order"
+        "order",
+        parents=[common],
+        help="print the callbacks of a Serve config in run order",
+        description=f"Print the callbacks of a Serve config in run order. {_TRUST}",
+    )
+    in_order.add_argument(
+        "--import-only",
+        action="store_true",
+        help="import the callbacks' modules, but build none of them",
     )
     in_order.add_argument("config", help="the YAML file that 'serve run' and 'serve deploy' take")
     commands.add_parser("schema", help="print the JSON Schema of a Serve config, for editors")
-    commands.add_parser("plugins", parents=[common], help="list the callbacks with a short name")
+    commands.add_parser(
+        "plugins",
+        parents=[common],
+        help="list the callbacks with a short name",
+        description="List the callbacks with a short name; importing them runs code of theirs.",
+    )
     return parser
 
 
-def order(path: str) -> list[Row]:
+def order(path: str, construct: bool = True) -> list[Row]:
     """List each deployment's callbacks, hook by hook, in run order, wrappers outermost first.
 
     Args:
         path: A Serve config file.
+        construct: Whether to build the callbacks. If not, their modules are imported all the same.
 
     Raises:
         CallbackConfigError: The file is no Serve config, or callbacks in it are wrong; names the
@@ -87,86 +124,136 @@ def order(path: str) -> list[Row]:
     """
     problems = Problems()
     rows: list[Row] = []
-    for deployment, llm_config in _llm_configs(path):
+    for deployment, llm_config in _llm_configs(path, problems):
         with problems.collected():
             try:
-                rows.extend(_in_order(deployment, llm_config))
+                rows.extend(_in_order(deployment, llm_config, construct))
             except CallbackConfigError as error:
                 raise CallbackConfigError(
-                    *(f"{deployment}: {problem}" for problem in error.problems)
+                    *(f"{deployment}: {_with_advice(problem)}" for problem in error.problems)
                 ) from error
     problems.raise_all()
     return rows
 
 
+def _with_advice(problem: str) -> str:
+    advice = "; --app-dir names the folder to import callbacks from"
+    return f"{problem}{advice}" if ": no module named" in problem else problem
+
+
 def plugins() -> list[Row]:
     """List what is installed under the entry-point group; what ships here is among it.
 
-    Raises:
-        CallbackConfigError: An installed callback cannot be imported.
+    What cannot be imported, and what another distribution's callback of the same name hides, has
+    a row with a note that says so.
     """
-    problems = Problems()
     rows: list[Row] = []
-    for name, entry_point in sorted(short_names().items()):
-        with problems.collected():
+    for name, entry_points in sorted(installed().items()):
+        for entry_point in entry_points:
+            note, found = "", None
             try:
                 found = entry_point.load()
-            except Exception as error:  # importing runs other people's code
-                raise CallbackConfigError(f"short name {name!r}: {error!r}") from error
-            hooks = {function.hook for function in hook_functions(found)}
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # importing runs other people's code
+                note = f"cannot be imported: {describe(error)}"
+            hidden_by = _release(entry_points[0].dist)
+            if entry_point is not entry_points[0]:
+                note = f"hidden by that of {hidden_by}, which is earlier on sys.path; {note}"
+            elif len(entry_points) > 1:
+                note = f"is the one that {name!r} means: it is earlier on sys.path; {note}"
+            hooks = set() if found is None else {hook.hook for hook in hook_functions(found)}
             rows.append(
                 {
                     "name": name,
                     "callback": entry_point.value,
                     "hooks": [hook for hook in HOOKS if hook in hooks],
                     "distribution": _release(entry_point.dist),
-                    "source": _source(found),
+                    "source": "?" if found is None else _source(found),
+                    "note": note.removesuffix("; "),
                 }
             )
-    problems.raise_all()
     return rows
 
 
-def _llm_configs(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _llm_configs(path: str, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Find the LLM configs of a Serve config, each with a name of its deployment."""
     applications = _read(path).get("applications")
     if not isinstance(applications, list):
         raise CallbackConfigError(f"{path!r} has no list 'applications'; name a Serve config file")
     for application in applications:
-        if not isinstance(application, Mapping):
-            raise CallbackConfigError(f"{path!r}: applications holds {application!r}, no mapping")
-        arguments = application.get("args") or {}
-        for config in arguments.get("llm_configs") or ():
+        with problems.collected():
+            if not isinstance(application, Mapping):
+                raise CallbackConfigError(
+                    f"{path!r}: applications holds {shown(application)}, no mapping; write one for "
+                    "each application"
+                )
+            name = _text(application.get("name", "default"))
+            arguments = _mapping(application.get("args"), f"{name}: args")
+            configs = arguments.get("llm_configs") or []
+            if not isinstance(configs, list):
+                raise CallbackConfigError(
+                    f"{name}: llm_configs is {shown(configs)}; write a list, even of one item"
+                )
+            yield from _of_application(name, configs, problems)
+
+
+def _of_application(
+    name: str, configs: Sequence[object], problems: Problems
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for index, config in enumerate(configs):
+        with problems.collected():
             # Ray takes the path of a file that holds the config, too.
-            llm_config = _read(config) if isinstance(config, str) else config
-            model_id = (llm_config.get("model_loading_config") or {}).get("model_id", "?")
-            yield f"{application.get('name', 'default')}/{model_id}", llm_config
+            where = f"{name}: llm_configs[{index}]"
+            llm_config = _read(config) if isinstance(config, str) else _mapping(config, where)
+            loading = _mapping(llm_config.get("model_loading_config"), "model_loading_config")
+            yield f"{name}/{_text(loading.get('model_id', '?'))}", llm_config
+
+
+def _mapping(value: object, where: str) -> Mapping[Any, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise CallbackConfigError(f"{where} is {shown(value)}; write a mapping")
+    return value
+
+
+def _text(name: object) -> str:
+    return name if isinstance(name, str) else shown(name)
 
 
 def _read(path: str) -> Mapping[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise CallbackConfigError(f"cannot read {path!r}: {error}") from error
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # of the file, its encoding, YAML, or a value that YAML makes
+        raise CallbackConfigError(
+            f"cannot read {path!r}: {str(error) or type(error).__name__}; name a Serve config file"
+        ) from error
     if not isinstance(loaded, dict):
         raise CallbackConfigError(f"{path!r} holds no mapping; name a Serve config file")
     return loaded
 
 
-def _in_order(deployment: str, llm_config: Mapping[str, Any]) -> Iterator[Row]:
-    settings = llm_config.get("callback_config") or {}
+def _in_order(deployment: str, llm_config: Mapping[str, Any], construct: bool) -> Iterator[Row]:
+    settings = _mapping(llm_config.get("callback_config"), "callback_config")
+    named = settings.get("callback_class") or HOOKS_CALLBACK
+    if not isinstance(named, str):
+        raise CallbackConfigError(f"callback_class is {shown(named)}; write 'pkg.module:Class'")
     stack = parse_settings(
-        settings.get("callback_class") or HOOKS_CALLBACK,
-        settings.get("callback_kwargs") or {},
+        named,
+        _mapping(settings.get("callback_kwargs"), "callback_kwargs"),
         "raise" if settings.get("raise_error_on_callback", True) else "warn",
     ).for_deployment(deployment)
-    manager = PluginManager(stack.here())
+    manager = PluginManager(stack.here(), construct=construct)
     for hook in HOOKS:
         impls = reversed(getattr(manager.hook, hook).get_hookimpls())
         for position, impl in enumerate(impls, start=1):
-            function = inspect.unwrap(impl.function)
+            callback, function = impl.plugin.callback, impl.plugin.original(impl.function)
+            if isinstance(callback, RayCallback):
+                function = callback.method_of(hook)
+            function = inspect.unwrap(function)
             options = [name for name in ("wrapper", "tryfirst", "trylast") if impl.opts[name]]
             if inspect.iscoroutinefunction(function):
                 options.append("async")

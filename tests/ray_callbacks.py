@@ -39,3 +39,11 @@ class Strict(CallbackBase):
 class Fails(CallbackBase):
     async def on_before_node_init(self) -> None:
         raise RuntimeError("no such bucket")
+
+
+class NeedsPaths(CallbackBase):
+    def __init__(self, paths: list[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    async def on_after_node_init(self) -> None:
+        pass

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
+from random import Random
+from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from cli_callbacks import First
+from plugins_for_tests import parse_callbacks
 
+import rayserve_hooks
 from rayserve_hooks import CallbackCtx, RayServeLLMCallback
 from rayserve_hooks.cli import main
+from rayserve_hooks.core.loading import short_names
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = "applications: [{args: {llm_configs:"
 EXAMPLE = str(ROOT / "examples" / "serve_config.yaml")
 DISTRIBUTION = f"rayserve_hooks {importlib.metadata.version('rayserve_hooks')}"
 
@@ -23,6 +34,23 @@ DISTRIBUTION = f"rayserve_hooks {importlib.metadata.version('rayserve_hooks')}"
 @pytest.fixture(autouse=True)
 def _path_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Install a distribution with an entry point, before all others on sys.path."""
+
+    def write(name: str, line: str) -> None:
+        info = tmp_path / name / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[rayserve_hooks]\n{line}\n")
+        monkeypatch.syspath_prepend(tmp_path / name)
+        short_names.cache_clear()
+
+    yield write
+    monkeypatch.undo()
+    short_names.cache_clear()
 
 
 def write_config(folder: Path, *deployments: list[Any], **kwargs: Any) -> str:
@@ -180,11 +208,25 @@ def test_a_ray_callback_instead_of_ours_is_a_list_of_one(
 ) -> None:
     settings = {"callback_class": "ray_callbacks:Strict"}
     path = write_llm_config(tmp_path, {"callback_config": settings})
-    assert [(row["hook"], row["callback"]) for row in rows(capsys, "order", path)] == [
+    found = rows(capsys, "order", path)
+    assert [(row["hook"], row["callback"]) for row in found] == [
         ("on_before_init", "Strict"),
         ("on_before_download", "Strict"),
         ("on_after_init", "Strict"),
     ]
+
+
+@pytest.mark.slow  # it imports Ray
+def test_a_ray_callback_is_shown_with_its_own_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = rows(capsys, "order", write_config(tmp_path, ["ray_callbacks:Everything"]))
+    for row in found:
+        file, _, line = row["source"].rpartition(":")
+        assert Path(file).name == "ray_callbacks.py"
+        method = Path(file).read_text().splitlines()[int(line) - 1]
+        assert row["hook"].removesuffix("_init").removesuffix("_download") in method
+    assert [row["options"] for row in found] == [["async"], [], ["async"]]
 
 
 @pytest.mark.slow  # it imports Ray
@@ -194,8 +236,9 @@ def test_a_wrong_argument_of_a_ray_callback(
     settings = {"callback_class": "ray_callbacks:Strict", "callback_kwargs": {"pahts": []}}
     assert main(["order", write_llm_config(tmp_path, {"callback_config": settings})]) == 1
     assert capsys.readouterr().err == (
-        "rayserve-hooks: default/?: callback 'Strict': ray_callbacks.Strict refused kwargs "
-        "['pahts']: got an unexpected keyword argument 'pahts'\n"
+        "rayserve-hooks: default/?: callback 'Strict': ray_callbacks.Strict(llm_config: 'Any', "
+        "raise_error_on_callback: 'bool', ctx_kwargs: 'Any') refused kwargs ['pahts']: TypeError: "
+        "got an unexpected keyword argument 'pahts'; drop it\n"
     )
 
 
@@ -229,7 +272,45 @@ def test_a_config_without_callbacks(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("[1]", "holds no mapping; name a Serve config file"),
         ("a: 1", "has no list 'applications'; name a Serve config file"),
         ("a: [", "cannot read"),
-        ("applications: [x]", "applications holds 'x', no mapping"),
+        ("applications: [x]", "applications holds 'x', no mapping; write one for each"),
+        ("applications: [{args: 3}]", "default: args is 3; write a mapping"),
+        ("applications: [{args: [a]}]", "default: args is ['a']; write a mapping"),
+        ("applications: [{args: {llm_configs: 3}}]", "llm_configs is 3; write a list, even of one"),
+        ("applications: [{args: {llm_configs: x.yaml}}]", "llm_configs is 'x.yaml'; write a list"),
+        ("applications: [{args: {llm_configs: [3]}}]", "default: llm_configs[0] is 3; write a map"),
+        ("applications: [{args: {llm_configs: [no.yaml]}}]", "cannot read 'no.yaml': [Errno 2]"),
+        (
+            f"{CONFIGS} [{{model_loading_config: 3}}]}}}}]",
+            "model_loading_config is 3; write a mapping",
+        ),
+        (
+            f"{CONFIGS} [{{callback_config: [3]}}]}}}}]",
+            "default/?: callback_config is [3]; write a map",
+        ),
+        (
+            f"{CONFIGS} [{{callback_config: {{callback_class: 3}}}}]}}}}]",
+            "callback_class is 3; write",
+        ),
+        (
+            f"{CONFIGS} [{{callback_config: {{callback_kwargs: [3]}}}}]}}}}]",
+            "callback_kwargs is [3]; w",
+        ),
+        (
+            f"{CONFIGS} [{{callback_config: {{callback_kwargs: {{1: a, b: c}}}}}}]}}}}]",
+            "2 problems:\n- default/?: callback_kwargs has unknown key 'b'; HooksCallback takes",
+        ),
+        (
+            (
+                f"{CONFIGS} [{{callback_config: {{callback_class: 'json:X', callback_kwargs: "
+                "{1: 2}}}]}}]"
+            ),
+            "default/?: callback 'X': kwargs is no mapping with strings as keys; write one of",
+        ),
+        ("a: 2020-99-99", "cannot read"),
+        ("a: &a [*a]", "has no list 'applications'; name a Serve config file"),
+        ("applications: &a [*a]", "applications holds [[[[[[[[[...]]]]]]]]], no mapping; write"),
+        ("[" * 1500, "cannot read"),
+        ('a: "\\ud800"\napplications: ["\\ud800"]', "applications holds '\\ud800', no map"),
     ],
 )
 def test_no_serve_config(
@@ -245,12 +326,190 @@ def test_an_installed_callback_that_cannot_be_imported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry_point = importlib.metadata.EntryPoint("fetch", "no_such_module:Fetch", "rayserve_hooks")
-    monkeypatch.setattr("rayserve_hooks.cli.short_names", lambda: {"fetch": entry_point})
-    assert main(["plugins"]) == 1
-    assert capsys.readouterr().err == (
-        "rayserve-hooks: short name 'fetch': ModuleNotFoundError(\"No module named "
-        "'no_such_module'\")\n"
+    exits = importlib.metadata.EntryPoint("exits", "cli_exits:Fetch", "rayserve_hooks")
+    monkeypatch.setitem(sys.modules, "cli_exits", ExitsWhenRead("cli_exits"))
+    one = importlib.metadata.EntryPoint("one", f"{__name__}:OneHook", "rayserve_hooks")
+    monkeypatch.setattr(
+        "rayserve_hooks.cli.installed",
+        lambda: {"one": [one], "fetch": [entry_point], "exits": [exits]},
     )
+    broken_by_exit, broken, whole = rows(capsys, "plugins")
+    assert broken == {
+        "name": "fetch",
+        "callback": "no_such_module:Fetch",
+        "hooks": [],
+        "distribution": "",
+        "source": "?",
+        "note": "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'",
+    }
+    assert broken_by_exit["note"] == "cannot be imported: SystemExit: 3"
+    assert (whole["hooks"], whole["note"]) == (["on_after_init"], "")
+
+
+class ExitsWhenRead(ModuleType):
+    def __getattr__(self, name: str) -> object:
+        raise SystemExit(3)
+
+
+def test_a_broken_distribution_is_named(
+    install: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("fetchers", "fetch = no_such_module:Fetch")
+    found = {row["name"]: row for row in rows(capsys, "plugins")}
+    assert found["fetch"]["distribution"] == "fetchers 1.0"
+    assert "startup_metrics" in found
+    assert main(["plugins"]) == 0
+    assert "No module named 'no_such_module'" in capsys.readouterr().out
+
+
+def test_two_distributions_with_one_short_name_are_both_listed(
+    install: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    install("later", "same = cli_callbacks:Second")
+    install("earlier", "same = cli_callbacks:First")
+    found = [row for row in rows(capsys, "plugins") if row["name"] == "same"]
+    assert [(row["callback"], row["note"]) for row in found] == [
+        ("cli_callbacks:First", "is the one that 'same' means: it is earlier on sys.path"),
+        (
+            "cli_callbacks:Second",
+            "hidden by that of earlier 1.0, which is earlier on sys.path",
+        ),
+    ]
+    order = rows(capsys, "order", write_config(tmp_path, ["same"]))
+    assert {Path(row["source"].partition(":")[0]).name for row in order} == {"cli_callbacks.py"}
+    assert type(parse_callbacks(["same"])[0].create()) is First
+
+
+def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    for named in (str(path), str(tmp_path), "a\0b"):
+        assert main(["order", named]) == 1
+        assert capsys.readouterr().err.startswith("rayserve-hooks: cannot read ")
+
+
+def some_yaml(random: Random, depth: int = 0) -> Any:
+    """Return what a YAML file may hold, often nearly a Serve config."""
+    keys = ["applications", "args", "llm_configs", "callback_config", "callback_kwargs", "name"]
+    keys += ["callbacks", "time_limits", "callback", "kwargs", "model_loading_config", "model_id"]
+    words: list[Any] = [*("startup_metrics", "cli_callbacks:First", "cli_exits:X", "json", ":", "")]
+    words += [None, True, 0, -1.5, b"x", 10**40, date(2020, 1, 1), "rayserve_hooks.HooksCallback"]
+    size = range(random.randrange(4))
+    kind = random.random() + depth * 0.1
+    if kind < 0.15:
+        return [some_yaml(random, depth + 1) for _ in size]
+    if depth < len(NESTED) and kind < 0.9:
+        rest = {random.choice([*keys, 1, None]): some_yaml(random, depth + 2) for _ in size}
+        inner = some_yaml(random, depth + 1)
+        return {**rest, NESTED[depth]: [inner] if random.random() < 0.5 else inner}
+    if kind < 0.8:
+        return {random.choice(keys): some_yaml(random, depth + 1) for _ in size}
+    return random.choice(words)
+
+
+NESTED = ("applications", "args", "llm_configs", "callback_config", "callback_kwargs", "callbacks")
+
+
+@pytest.mark.slow
+def test_any_yaml_ends_in_a_table_or_in_the_documented_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cli_exits", ExitsWhenRead("cli_exits"))
+    random, until = Random(12), time.monotonic() + 5
+    path = tmp_path / "x.yaml"
+    codes = set()
+    for number in range(600):
+        text = yaml.dump(some_yaml(random))
+        if number % 4 == 0:  # cut somewhere, or one character is another
+            place = random.randrange(len(text) + 1)
+            text = text[:place] + random.choice(["", ":", "[", "\t", "&a *a", "\0"])
+        path.write_text(text)
+        options = ["--import-only"] if number % 2 else []
+        code = main(["order", str(path), *options])
+        captured = capsys.readouterr()
+        assert (code, captured.err[:16]) in [(0, ""), (1, "rayserve-hooks: ")]
+        codes.add(code)
+        if time.monotonic() > until:
+            return
+    assert codes == {0, 1}
+
+
+def test_a_class_without_a_hook_is_never_called(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = tmp_path / "ran"
+    kwargs = {"args": f"touch {ran}", "shell": True}
+    path = write_config(tmp_path, [{"callback": "subprocess:Popen", "kwargs": kwargs}])
+    assert main(["order", path]) == 1
+    assert "callback 'Popen': Popen has no hook; define" in capsys.readouterr().err
+    assert not ran.exists()
+
+
+def test_import_only_builds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuses = {"callback": "cli_callbacks:Refuses", "kwargs": {"hf_token": "s3cret"}}
+    path = write_config(tmp_path, [refuses, "cli_callbacks:First"])
+    assert main(["order", path]) == 1
+    capsys.readouterr()
+    found = rows(capsys, "order", path, "--import-only")
+    assert [(row["hook"], row["callback"]) for row in found] == [
+        ("on_before_init", "Refuses"),
+        ("on_before_init", "First"),
+        ("on_init_failed", "First"),
+        ("on_init_failed", "Refuses"),
+    ]
+    assert "cli_callbacks.py:" in found[0]["source"]
+
+
+@pytest.mark.parametrize("command", ["order", "plugins"])
+def test_help_says_that_code_of_others_runs(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "runs code of theirs" in text
+    if command == "order":
+        assert "imported and built, which runs code of theirs: use it for files that you" in text
+
+
+def test_a_module_that_is_not_found_mentions_the_folder_and_where_here_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, ["my_callbacks:Fetch"])
+    assert main(["order", path, "--app-dir", str(tmp_path)]) == 1
+    text = capsys.readouterr().err
+    assert f"here is host {socket.gethostname()!r} with {str(tmp_path)!r}, " in text
+    assert text.endswith("; --app-dir names the folder to import callbacks from\n")
+
+
+def test_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"rayserve-hooks {rayserve_hooks.__version__}\n"
+
+
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "rayserve_hooks", "plugins", "--json"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert "startup_metrics" in {row["name"] for row in json.loads(done.stdout)}
+
+
+def test_a_reader_that_closes_the_output_gets_no_traceback() -> None:
+    # Python ignores SIGPIPE, so that its write fails, as it does in front of 'head'.
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"{sys.executable} -m rayserve_hooks schema | true; echo ${{PIPESTATUS[0]}}",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == ""
+    assert done.stdout in ("141\n", "0\n")
 
 
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,6 +547,6 @@ def test_plugins_lists_only_the_hooks_that_a_subclass_defines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry_point = importlib.metadata.EntryPoint("one", f"{__name__}:OneHook", "rayserve_hooks")
-    monkeypatch.setattr("rayserve_hooks.cli.short_names", lambda: {"one": entry_point})
+    monkeypatch.setattr("rayserve_hooks.cli.installed", lambda: {"one": [entry_point]})
     (row,) = rows(capsys, "plugins")
     assert row["hooks"] == ["on_after_init"]

@@ -9,7 +9,6 @@ from my_module import MyCallback
 from plugins_for_tests import parse_callbacks
 
 from rayserve_hooks import CallbackCtx, get_plugin_manager
-from rayserve_hooks.core.manager import RegisteredCallback
 from rayserve_hooks.errors import CallbackConfigError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,14 +28,13 @@ def test_what_the_manager_returns_for_a_name() -> None:
     )
     config = SimpleNamespace(model_id="tiny", callback_config=settings)
     manager = get_plugin_manager(config)
-    registered = manager.get_plugin("MyCallback")
-    assert isinstance(registered, RegisteredCallback)
-    assert isinstance(registered.callback, MyCallback)
-    assert registered.name == "MyCallback"
-    assert manager.get_plugins() == {registered}
-    assert manager.list_name_plugin() == [("MyCallback", registered)]
-    assert manager.is_registered(registered)
-    assert manager.is_registered(registered.callback)
+    callback = manager.get_plugin("MyCallback")
+    assert isinstance(callback, MyCallback)
+    assert callback in manager.get_plugins()
+    (impl,) = manager.hook.on_before_download.get_hookimpls()
+    assert impl.plugin.callback is callback  # type: ignore[attr-defined]
+    assert impl.plugin == callback
+    assert manager.list_name_plugin() == [("MyCallback", callback)]
 
 
 def test_checked_arguments_set_the_engine() -> None:

@@ -1,5 +1,6 @@
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_a_name_that_needs_ray_is_defined_in_its_home(name: str) -> None:
     home = folder.joinpath(*rayserve_hooks._HOMES[name].split(".")).with_suffix(".py")
     defined = {getattr(node, "name", None) for node in ast.parse(home.read_text()).body}
     assert name in defined
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("LLMConfi", "; did you mean 'LLMConfig'?"), ("hookimp", "; did you mean 'hookimpl'?")],
+)
+def test_a_name_that_is_nearly_one_is_suggested(name: str, hint: str) -> None:
+    text = f"^module 'rayserve_hooks' has no attribute {name!r}{re.escape(hint)}$"
+    with pytest.raises(AttributeError, match=text):
+        getattr(rayserve_hooks, name)
 
 
 @pytest.mark.parametrize("name", rayserve_hooks.__all__)

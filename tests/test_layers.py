@@ -78,6 +78,7 @@ ROOMS = {
         (*CONTRACT, "core", "download", "cluster", "__init__"),
         no_others=RAY,
     ),
+    "__main__": Room("__main__ imports the command line", ("cli",), others=()),
     "__init__": Room(
         "the package's __init__ loads its names lazily; for annotations it imports all but cli "
         "and impls",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.ray_callback import adapt_ray_callback
 from rayserve_hooks.core.instances import Instance
 from rayserve_hooks.core.manager import PluginManager, manager_of
-from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
+from rayserve_hooks.core.masking import shown
+from rayserve_hooks.core.stack import CallbackEntry, CallbackStack, kept_by
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
 
@@ -40,6 +42,7 @@ def stack_of(config: Any) -> CallbackStack:
             from ray import cloudpickle
 
             stack.freeze(cloudpickle.dumps)
+        stack = replace(stack, kept=kept_by(config))
     return stack.for_deployment(_ray.deployment_name(config.model_id))
 
 
@@ -51,10 +54,10 @@ def parse_settings(
         entries = (CallbackEntry(callback_class, kwargs),)
         return CallbackStack(entries, on_error, adapt=adapt_ray_callback)
     problems = Problems()
-    for unknown in sorted(set(kwargs) - {"callbacks", "time_limits"}):
+    for unknown in sorted(shown(key) for key in {*kwargs} - {"callbacks", "time_limits"}):
         with problems.collected():
             raise CallbackConfigError(
-                f"callback_kwargs has unknown key {unknown!r}; HooksCallback takes 'callbacks', a "
+                f"callback_kwargs has unknown key {unknown}; HooksCallback takes 'callbacks', a "
                 "list, and 'time_limits', a mapping"
             )
     stack = CallbackStack()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
 import pluggy
+
+UNDECORATED: pluggy.HookimplOpts = vars(pluggy.HookimplMarker("any")(lambda: None))["any_impl"]
+"""What ``@hookimpl`` without arguments gives a method."""
 
 
 def impl_options(marked: object, project: str) -> pluggy.HookimplOpts | None:
@@ -13,17 +17,27 @@ def impl_options(marked: object, project: str) -> pluggy.HookimplOpts | None:
 
     pluggy's own look-up binds the attribute first, which runs properties before pluggy 1.7.
     """
-    return getattr(marked, f"{project}_impl", None)
-
-
-UNDECORATED: pluggy.HookimplOpts = vars(pluggy.HookimplMarker("any")(lambda: None))["any_impl"]
-"""What ``@hookimpl`` without arguments gives a method."""
+    options = getattr(marked, f"{project}_impl", None)
+    # pluggy fills in what is not said; a mock has something under each name.
+    return {**UNDECORATED, **options} if isinstance(options, dict) else None
 
 
 def spec_options(marked: object, project: str) -> Mapping[str, Any]:
     """Return what ``@hookspec(...)`` has left on a function."""
     options: Mapping[str, Any] = getattr(marked, f"{project}_spec")
     return options
+
+
+def note_distribution(
+    manager: pluggy.PluginManager, plugin: object, distribution: importlib.metadata.Distribution
+) -> None:
+    """Have ``list_plugin_distinfo`` name the distribution of a plugin."""
+    noted: Any = distribution
+    if not hasattr(manager, "list_plugin_distributions"):  # before pluggy 1.7
+        from pluggy._manager import DistFacade  # type: ignore[attr-defined] # it moved later
+
+        noted = DistFacade(distribution)
+    manager._plugin_distinfo.append((plugin, noted))  # noqa: SLF001 - no other way to add one
 
 
 def reverse_groups(caller: pluggy.HookCaller, *marks: str) -> None:

@@ -6,31 +6,35 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import Blame, settle
-from rayserve_hooks.core.hooks import CLEAN_UP, FIRST_RESULT
+from rayserve_hooks.core.hooks import CLEAN_UP, FIRST_RESULT, HOOK_PARAMETERS
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
+from rayserve_hooks.hookspecs import RayServeLLMCallback
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _ENDED = object()
 
 
 def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]:
     """Return the function that pluggy calls in place of a callback's own."""
-    callback, hook, ctx_index = blame.callback, blame.hook, _ctx_index(function)
+    callback, hook, taken = blame.callback, blame.hook, _taken(function, blame.hook)
 
-    @functools.wraps(function)
+    @_with_parameters_of(hook)
     def call(*args: Any) -> Any:
         threads.check_given_up()
-        ctx: CallbackCtx = args[ctx_index]
+        ctx: CallbackCtx = args[0]
         recorder = recorder_of(ctx)
         entry, outer = recorder.begin(callback, hook)
         outcome = "interrupted"  # stands when what is raised is no Exception
         try:
-            returned = function(*args)
+            returned = function(*[args[index] for index in taken])
             result = None if returned is None else _checked(returned, hook)
             if result is None:
                 outcome = "returned"
@@ -49,12 +53,12 @@ def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]
 
 def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]:
     """Return the generator function that pluggy calls in place of a wrapper's own."""
-    hook, ctx_index = blame.hook, _ctx_index(function)
+    hook, taken = blame.hook, _taken(function, blame.hook)
 
-    @functools.wraps(function)
+    @_with_parameters_of(hook)
     def call(*args: Any) -> Generator[None, Any, Any]:
         threads.check_given_up()
-        ctx: CallbackCtx = args[ctx_index]
+        ctx: CallbackCtx = args[0]
         recorder = recorder_of(ctx)
         entry, outer = recorder.begin(blame.callback, hook)
         outcome = "interrupted"
@@ -63,7 +67,7 @@ def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., An
         yielded = False
         try:
             try:
-                generator = function(*args)
+                generator = function(*[args[index] for index in taken])
                 if next(generator, _ENDED) is _ENDED:
                     raise RuntimeError("a wrapper must yield once")
                 recorder.note_changes(entry)  # what follows is the inner callbacks' doing
@@ -96,8 +100,18 @@ def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., An
     return call
 
 
-def _ctx_index(function: Callable[..., Any]) -> int:
-    return list(inspect.signature(function).parameters).index("ctx")
+def _with_parameters_of(hook: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Have a function called with all that a hook is, ``ctx`` first.
+
+    pluggy looks through ``__wrapped__`` and would find there the parameters of the innermost
+    function under other people's decorators, which need not be what the callback takes.
+    """
+    return functools.wraps(getattr(RayServeLLMCallback, hook))
+
+
+def _taken(function: Callable[..., Any], hook: str) -> list[int]:
+    """Return which of a hook's arguments a function takes, in its own order."""
+    return [HOOK_PARAMETERS[hook].index(name) for name in inspect.signature(function).parameters]
 
 
 def _resume(

@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import pickle
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rayserve_hooks.errors import CallbackConfigError, describe
+
+T = TypeVar("T")
 
 Dumps = Callable[[Any], bytes]
 """Pickles a value; what it returns, ``pickle.loads`` reads."""
 
+
+class ByObject(Generic[T]):
+    """A value for each object, for as long as that lives; two that are equal have two."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._values: dict[int, tuple[weakref.ref[Any], T]] = {}
+
+    def of(self, owner: object) -> T:
+        """Return an object's value, made at the first call.
+
+        Raises:
+            TypeError: The object takes no weak reference.
+        """
+        place = id(owner)
+        reference, value = self._values.get(place, (None, None))
+        if reference is not None and reference() is owner:
+            return value  # type: ignore[return-value]
+        made = weakref.ref(owner, functools.partial(self._forget, place)), self._make()
+        self._values[place] = made
+        return made[1]
+
+    def _forget(self, place: int, reference: weakref.ref[Any]) -> None:
+        if place in self._values and self._values[place][0] is reference:
+            del self._values[place]
+
+
 _PROCESS = os.urandom(16).hex()
+_numbers = itertools.count()
+# The pid, too: a forked process goes on with the same numbers.
+_names = ByObject(lambda: f"{_PROCESS}:{os.getpid()}:{next(_numbers)}")
 
 
 def identity(value: object) -> str:
-    """Return a name of an object for as long as it lives, different in all processes."""
-    return f"{_PROCESS}:{os.getpid()}:{id(value)}"
+    """Return a name of an object, which no other ever has: in any process, or after it is gone."""
+    try:
+        return _names.of(value)
+    except TypeError:  # its place is its name, while whoever asked holds it
+        return f"{_PROCESS}:{os.getpid()}:at {id(value)}"
 
 
 class Instance:
@@ -32,6 +70,11 @@ class Instance:
         self.identity = identity(instance)
         self._instance: object | None = instance
         self._pickled: bytes | None = None
+
+    @property
+    def cls(self) -> type:
+        """The instance's class, in the process where it was configured."""
+        return type(self._instance)
 
     def freeze(self, dumps: Dumps) -> None:
         """Pickle the instance, once; if one attribute refuses, raise a `TypeError` naming it."""
@@ -67,6 +110,24 @@ class Instance:
 
     def __repr__(self) -> str:
         return f"instance of {self.class_name}"
+
+
+def class_refusal(cls: type, dumps: Dumps) -> str | None:
+    """Return why a class that no other process has, such as one of a notebook, cannot be sent."""
+    try:
+        dumps(cls)
+    except Exception as error:  # any value of it can refuse in its own way
+        for name, value in vars(cls).items():
+            try:
+                dumps(value)
+            except Exception as reason:  # as above
+                kind = type(value).__name__
+                return (
+                    f"its class is in {cls.__module__!r}, which is another module there, and does "
+                    f"not pickle for its attribute {name!r}, a {kind}: {reason}"
+                )
+        return f"its class is in {cls.__module__!r}, which is another module there: {error}"
+    return None
 
 
 def _attributes(instance: object) -> Iterator[tuple[str, object]]:

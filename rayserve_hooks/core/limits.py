@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rayserve_hooks.core.masking import shown
 from rayserve_hooks.core.validation import adapter, described, problems_of
 from rayserve_hooks.errors import CallbackConfigError
 
 
 def _seconds(of_what: str, default: float | None = None) -> Any:
     description = f"Seconds for {of_what}; null for no limit."
-    return described(description, {"gt": 0, "strict": True}, default=default)
+    rules = {"gt": 0, "strict": True, "allow_inf_nan": False}
+    return described(description, rules, default=default)
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,19 @@ class TimeLimits:
         known = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(values, Mapping):
             raise CallbackConfigError(
-                f"time_limits is {values!r}; write a mapping from {', '.join(known)} to seconds"
+                f"time_limits is {shown(values)}; write a mapping from {', '.join(known)} to "
+                "seconds"
             )
         problems = []
         try:
-            return adapter(cls).validate_python({str(key): values[key] for key in values})
+            return adapter(cls).validate_python({_name(key): values[key] for key in values})
         except ValidationError as error:
             for problem in problems_of(error, known):
                 text = "write seconds, more than 0, or null for no limit"
                 ours = problem if problem.of_key else dataclasses.replace(problem, text=text)
                 problems.append(ours.in_config("time_limits"))
         raise CallbackConfigError(*problems)
+
+
+def _name(key: object) -> str:
+    return key if isinstance(key, str) else shown(key)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 MASK = "***"
@@ -20,7 +20,8 @@ _SECRET_KEY = re.compile(
 )
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
-_PLAIN = (int, float, complex, type(None), enum.Enum, os.PathLike)
+_PLAIN = (int, bool, float, complex, type(None))
+_DEEPEST = 8  # what is deeper is beyond _LONGEST, or holds itself
 
 
 def is_secret(key: object) -> bool:
@@ -28,14 +29,15 @@ def is_secret(key: object) -> bool:
 
     ``env_vars`` is one: people put all their credentials there.
     """
-    return key == "env_vars" or _names_secret(key)
+    return _names_secret(key) or (isinstance(key, str) and key == "env_vars")
 
 
 def _names_secret(key: object) -> bool:
-    return _SECRET_KEY.search(_CAMEL_CASE.sub("_", str(key)).lower()) is not None
+    # Of other keys no text is asked for, which may be anybody's code.
+    return isinstance(key, str) and bool(_SECRET_KEY.search(_CAMEL_CASE.sub("_", key).lower()))
 
 
-def shown(value: object, secret: bool = False) -> str:
+def shown(value: object, secret: bool = False, depth: int = 0) -> str:
     """Format a value for people, without secrets.
 
     Strings are cut short; of an object that is no plain data only the class is named, since its
@@ -43,15 +45,23 @@ def shown(value: object, secret: bool = False) -> str:
     """
     if secret or _is_masked(value):
         return MASK
-    if isinstance(value, Mapping):
-        items = (f"{key!r}: {shown(item, is_secret(key))}" for key, item in value.items())
+    if depth > _DEEPEST:
+        text = "..."
+    elif isinstance(value, Mapping):
+        items = (
+            f"{shown(key, depth=depth + 1)}: {shown(item, is_secret(key), depth + 1)}"
+            for key, item in value.items()
+        )
         text = "{" + ", ".join(items) + "}"
     elif isinstance(value, list | tuple | set | frozenset):
-        text = "[" + ", ".join(map(shown, value)) + "]"
+        text = "[" + ", ".join(shown(item, depth=depth + 1) for item in value) + "]"
     elif isinstance(value, str):
         text = repr(_USER_IN_URL.sub(MASK, value))
-    elif isinstance(value, _PLAIN):
+    # Of a subclass the repr may be anybody's.
+    elif type(value) in _PLAIN or isinstance(value, PurePath):
         text = repr(value)
+    elif isinstance(value, enum.Enum):
+        text = f"<{type(value).__name__}.{value.name}: {shown(value.value, depth=depth + 1)}>"
     elif type(value).__name__ == "PlacementGroup":  # told apart by their ids alone
         text = f"<PlacementGroup {value.id.hex()}>"  # type: ignore[attr-defined]
     else:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
-from collections.abc import Mapping, Sequence
+import re
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import ModuleType
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    GeneratorType,
+    GenericAlias,
+    MethodType,
+    ModuleType,
+    UnionType,
+)
 from typing import Any, Literal
 
-from rayserve_hooks.core.instances import Dumps, Instance, identity
+from rayserve_hooks.core.instances import ByObject, Dumps, Instance, class_refusal, identity
 from rayserve_hooks.core.limits import TimeLimits
-from rayserve_hooks.core.loading import Adapt, build, no_adapter
+from rayserve_hooks.core.loading import Adapt, build, explained, no_adapter
 from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.masking import shown
 from rayserve_hooks.core.recorder import snapshot
 from rayserve_hooks.core.validation import Problem, adapter, described, problems_of
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 
 _KEYS = ("callback", "kwargs", "name", "on_error", "only_on_cluster")
+
+_ELSEWHERE = re.compile(r"__(mp_)?main__(?=[.:]|$)")
 
 DISABLE_VARIABLE = "RAYSERVE_HOOKS_DISABLE"
 """Environment variable: names of callbacks to leave out, separated by commas."""
@@ -43,7 +56,9 @@ class CallbackEntry:
         "Arguments of the class's constructor.", default_factory=dict
     )
     name: str = described(
-        "The callback's name in order, trace and errors.", {"min_length": 1}, default=""
+        "The callback's name in order, trace and errors.",
+        {"min_length": 1, "strict": True},
+        default="",
     )
     on_error: Literal["raise", "warn"] | None = described(
         "'warn' logs a failure and goes on, 'raise' ends the initialization.", default=None
@@ -51,7 +66,7 @@ class CallbackEntry:
     only_on_cluster: bool = described(
         "Whether it can be imported on the cluster only.", {"strict": True}, default=False
     )
-    key: tuple[str, ...] = field(init=False, repr=False)
+    key: tuple[object, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         callback = what = self.callback
@@ -62,22 +77,42 @@ class CallbackEntry:
             default_name, what = what.__name__, identity(what)
         else:
             default_name = callback.replace(":", ".").rpartition(".")[2]
-        # Neither what becomes of the config's dicts nor a callback that changes its arguments
-        # reaches what travels.
-        kwargs, name = snapshot(dict(self.kwargs)), self.name or default_name
-        object.__setattr__(self, "kwargs", kwargs)
+        name = self.name or default_name
         object.__setattr__(self, "name", name)
-        object.__setattr__(self, "key", (name, what, _canonical(kwargs), self.on_error or ""))
+        if isinstance(callback, str) and _ELSEWHERE.match(callback):
+            raise CallbackConfigError(
+                f"callback {callback!r}: in every other process {callback[:8]!r} is another "
+                "module; pass the class itself, or name it in a module of its own"
+            )
+        if not isinstance(self.kwargs, Mapping) or not all(
+            isinstance(key, str) for key in self.kwargs
+        ):
+            raise CallbackConfigError(
+                f"callback {name!r}: kwargs is no mapping with strings as keys; write one of "
+                "argument names"
+            )
+        try:
+            # Neither what becomes of the config's dicts nor a callback that changes its arguments
+            # reaches what travels.
+            kwargs = snapshot(dict(self.kwargs))
+            key = (name, what, _canonical(kwargs), self.on_error or "")
+        except RecursionError:
+            raise CallbackConfigError(
+                f"callback {name!r}: kwargs hold themselves, or are nested too deep; give plain "
+                "values"
+            ) from None
+        object.__setattr__(self, "kwargs", kwargs)
+        object.__setattr__(self, "key", key)
         if isinstance(callback, Instance) and kwargs:
             raise CallbackConfigError(
                 f"callback {name!r}: kwargs {sorted(kwargs)} given for an instance, which is "
                 "already built; pass the class instead, or drop kwargs"
             )
 
-    def create(self, adapt: Adapt = no_adapter) -> object:
-        """Return the plugin, or the module that is one."""
+    def create(self, adapt: Adapt = no_adapter, construct: bool = True) -> object:
+        """Return the plugin, or the module that is one; see `build`."""
         try:
-            return build(self.callback, snapshot(self.kwargs), adapt)
+            return build(self.callback, snapshot(self.kwargs), adapt, construct)
         except CallbackConfigError as error:
             raise CallbackConfigError(*map(self._named, error.problems)) from error.__cause__
 
@@ -98,22 +133,60 @@ class CallbackEntry:
                 self.callback.freeze(dumps)
             dumps((self.callback, self.kwargs))
         except Exception as error:  # every class can refuse in its own way
+            reason = describe(error)
+            if isinstance(self.callback, type | Instance):
+                cls = self.callback if isinstance(self.callback, type) else self.callback.cls
+                refusal = class_refusal(cls, dumps)
+                if refusal:
+                    reason, advice = refusal, "define the class in a module that replicas have"
             raise CallbackConfigError(
-                f"callback {self.name!r} cannot be sent to another process: {describe(error)}; "
-                f"{advice}"
+                f"callback {self.name!r} cannot be sent to another process: {reason}; {advice}"
             ) from error
 
     def __repr__(self) -> str:
         # kwargs' values stay out of logs: they may be secrets.
         kwargs = f" kwargs={sorted(self.kwargs)}" if self.kwargs else ""
-        return f"<callback {self.name!r}: {self.callback!s}{kwargs}>"
+        callback = self.callback if isinstance(self.callback, str) else _what(self.callback)
+        return f"<callback {self.name!r}: {callback}{kwargs}>"
 
 
-def _canonical(kwargs: Mapping[str, Any]) -> str:
+def _canonical(value: Any) -> object:
+    """Return what is equal and has the same hash for equal plain values of equal types alone."""
+    kind = type(value)
+    if kind is dict:
+        items = ((_canonical(key), _canonical(value[key])) for key in value)
+        return kind.__name__, frozenset(items)
+    if kind in (list, tuple):
+        return kind.__name__, tuple(map(_canonical, value))
+    if kind in (set, frozenset):
+        return kind.__name__, frozenset(map(_canonical, value))
+    # The text: True is 1, 0.0 is -0.0, and a nan equals nothing.
+    plain = kind in (str, bytes, int, bool, float, complex, type(None))
+    return kind.__name__, repr(value) if plain else identity(value)
+
+
+class Kept:
+    """What lives in this process as long as a config does: the managers of its stack.
+
+    It is neither compared nor sent, and a deep copy of a stack has its own.
+    """
+
+    def __init__(self) -> None:
+        self.managers: dict[object, object] = {}
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
+_kept = ByObject(Kept)
+
+
+def kept_by(config: object) -> Kept:
+    """Return what lives as long as a config whose stack is read anew each time."""
     try:
-        return json.dumps(kwargs, sort_keys=True, default=identity)
-    except TypeError:  # keys that are no strings
-        return repr(sorted((str(name), repr(value)) for name, value in kwargs.items()))
+        return _kept.of(config)
+    except TypeError:  # such as a dict
+        return Kept()
 
 
 @dataclass(frozen=True)
@@ -125,6 +198,7 @@ class CallbackStack:
     time_limits: TimeLimits = field(default_factory=TimeLimits)
     deployment: str = ""  # so that two with the same list share nothing
     adapt: Adapt = no_adapter  # a function that pickles
+    kept: Kept = field(default_factory=Kept, compare=False, repr=False)  # all made of it share it
 
     @classmethod
     def parse(
@@ -153,7 +227,7 @@ class CallbackStack:
         problems = Problems()
         entries = _parse_entries(callbacks, problems)
         stack = cls(entries, on_error, adapt=adapt)
-        with problems.collected():
+        with problems.collected(), explained("time_limits cannot be read"):
             limits = TimeLimits.parse({} if time_limits is None else time_limits)
             stack = replace(stack, time_limits=limits)
         if problems:
@@ -168,13 +242,16 @@ class CallbackStack:
         entries = (entry.key for entry in self.entries)
         return (self.deployment, self.on_error, self.time_limits, *entries)
 
-    def build(self) -> list[tuple[CallbackEntry, object]]:
-        """Return each entry with its plugin, in list order; an error names all that fail."""
+    def build(self, construct: bool = True) -> list[tuple[CallbackEntry, object]]:
+        """Return each entry with its plugin, in list order; an error names all that fail.
+
+        Without ``construct`` classes are looked at, but not called.
+        """
         problems = Problems()
         plugins: list[tuple[CallbackEntry, object]] = []
         for entry in self.entries:
             with problems.collected():
-                plugins.append((entry, entry.create(self.adapt)))
+                plugins.append((entry, entry.create(self.adapt, construct)))
         problems.raise_all()
         return plugins
 
@@ -212,11 +289,16 @@ class CallbackStack:
 
 
 def _parse_entries(value: object, problems: Problems) -> tuple[CallbackEntry, ...]:
-    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     entries: list[CallbackEntry] = []
+    items: Iterable[object] = [value]
+    if issubclass(type(value), list | tuple):
+        with explained("callbacks cannot be read"):
+            items = tuple(typing.cast("Iterable[object]", value))
     for index, item in enumerate(items):
-        with problems.collected():
-            entries.append(_parse(item, f"callbacks[{index}]"))
+        where = f"callbacks[{index}]"
+        # A value of any class can have code of its own wherever one looks at it.
+        with problems.collected(), explained(f"{where} cannot be read"):
+            entries.append(_parse(item, where))
     names = [entry.name for entry in entries]
     for name in sorted({name for name in names if names.count(name) > 1}):
         with problems.collected():
@@ -230,16 +312,22 @@ def _parse_entries(value: object, problems: Problems) -> tuple[CallbackEntry, ..
 def _parse(item: object, where: str) -> CallbackEntry:
     from pydantic import ValidationError
 
-    if isinstance(item, CallbackEntry):
+    if type(item) is CallbackEntry:
         return item
-    if not isinstance(item, Mapping):
+    if not issubclass(type(item), Mapping):
         rest = "an instance, a module, or a mapping with 'callback'"
         return CallbackEntry(_callback(item, where, rest))
+    item = typing.cast("Mapping[Any, Any]", item)
     optional = ("callback", "kwargs", "name", "on_error")
     written = {key: item[key] for key in item if key not in optional or item[key] is not None}
     if "callback" in written:
         rest = "an instance or a module"
         written["callback"] = _callback(item["callback"], f"{where}: callback", rest)
+    kwargs = written.get("kwargs", {})
+    if not issubclass(type(kwargs), Mapping):  # pydantic would ask it for its class
+        raise CallbackConfigError(
+            f"{where}: kwargs is {type(kwargs).__name__}; write a mapping of argument names"
+        )
     try:
         entry = adapter(CallbackEntry).validate_python(written)
     except ValidationError as error:
@@ -253,23 +341,45 @@ def _parse(item: object, where: str) -> CallbackEntry:
 
 
 def _callback(value: object, where: str, rest: str) -> str | type | Instance:
-    if value is None or isinstance(value, bool | int | float | bytes):
+    kind = type(value)  # not isinstance(), for which a proxy runs code
+    origin = getattr(value, "__origin__", None) if issubclass(kind, _ALIASES) else None
+    if isinstance(origin, type):
         raise CallbackConfigError(
-            f"{where} is {value!r}; write a string such as 'pkg.module:Class', a class, {rest}"
+            f"{where} is a parametrized {origin.__name__}, which is no class; write "
+            f"{origin.__name__} itself"
         )
-    if isinstance(value, ModuleType):
-        return value.__name__
-    return value if isinstance(value, str | type) else Instance(value)
+    if value is None or issubclass(kind, _NO_CALLBACKS):
+        raise CallbackConfigError(
+            f"{where} is {_what(value)}; write a string such as 'pkg.module:Class', a class, {rest}"
+        )
+    if issubclass(kind, ModuleType):
+        return typing.cast("ModuleType", value).__name__
+    return typing.cast("str | type", value) if issubclass(kind, str | type) else Instance(value)
+
+
+_ALIASES = (GenericAlias, UnionType, type(typing.Sequence[int]))
+_NO_CALLBACKS = (
+    *_ALIASES,
+    *(bool, int, float, complex, bytes, bytearray, list, tuple, set, frozenset, range),
+    *(FunctionType, BuiltinFunctionType, MethodType, functools.partial, GeneratorType),
+)
+
+
+def _what(value: object) -> str:
+    """Return what names a value in an error: its own text only where it is plain."""
+    if isinstance(value, type):
+        return f"<class '{value.__module__}.{value.__qualname__}'>"
+    if isinstance(value, Instance):
+        return repr(value)
+    text = shown(value)
+    return f"a {type(value).__name__}" if text.startswith("<") else text
 
 
 def _message(problem: Problem, item: Mapping[Any, Any], where: str) -> str:
     if problem.path == "only_on_cluster":
         return _not_elsewhere(item, where)
-    if problem.path == "kwargs" and not problem.of_key:  # its value may hold a secret
-        kind = type(item["kwargs"]).__name__
-        return f"{where}: kwargs is {kind}; write a mapping of argument names"
     if problem.path == "name":
-        return f"{where}: name is {item['name']!r}; write a string"
+        return f"{where}: name is {_what(item['name'])}; write a string"
     if not problem.path and not problem.of_key:  # of CallbackEntry itself
         return problem.text
     if problem.text.startswith("has no"):
@@ -280,6 +390,6 @@ def _message(problem: Problem, item: Mapping[Any, Any], where: str) -> str:
 
 def _not_elsewhere(item: Mapping[Any, Any], where: str) -> str:
     return (
-        f"{where}: only_on_cluster is {item['only_on_cluster']!r} for callback "
-        f"{item.get('callback')!r}; write true, and name the callback by a string"
+        f"{where}: only_on_cluster is {_what(item['only_on_cluster'])} for callback "
+        f"{_what(item.get('callback'))}; write true, and name the callback by a string"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from rayserve_hooks.core.masking import MASK, is_secret, redact, shown
 from rayserve_hooks.errors import did_you_mean
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_MISSING = ("missing", "missing_argument", "missing_keyword_only_argument")
 _KEY = "[key]"  # pydantic's end of a location where the key of a mapping is wrong
 _WRITE = {
     "bool": "true or false",
@@ -82,6 +83,11 @@ class Problem:
         return f"{where} is {self.value}; {self.text}"
 
 
+def is_validation_error(error: BaseException) -> TypeGuard[ValidationError]:
+    """Return whether an error is pydantic's, which is not imported to find out."""
+    return type(error).__module__ == "pydantic_core._pydantic_core" and hasattr(error, "errors")
+
+
 def problems_of(
     error: ValidationError, known: Collection[str], noun: str = "key"
 ) -> Iterator[Problem]:
@@ -92,7 +98,7 @@ def problems_of(
             choices = f"; use one of {', '.join(known)}" if known else "; drop it"
             advice = did_you_mean(last, known) or choices
             yield Problem(_written(outer), "", f"has unknown {noun} {str(last)!r}{advice}", True)
-        elif details["type"] == "missing":
+        elif details["type"] in _MISSING:
             yield Problem(_written(outer), "", f"has no {noun} {last!r}; add it", True)
         elif last == _KEY:
             text = f"has key {outer[-1]!r}; {_advice(details)}"

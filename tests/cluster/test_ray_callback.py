@@ -139,10 +139,38 @@ def test_a_class_of_rays_kind_is_adapted_but_not_built(by: str) -> None:
 @imports_ray
 def test_arguments_its_constructor_does_not_take() -> None:
     with refused(
-        "callback 'Strict': ray_callbacks.Strict refused kwargs ['paths']: got an unexpected "
-        "keyword argument 'paths'"
+        "callback 'Strict': ray_callbacks.Strict(llm_config: 'Any', raise_error_on_callback: "
+        "'bool', ctx_kwargs: 'Any') refused kwargs ['paths']: TypeError: got an unexpected keyword "
+        "argument 'paths'; drop it"
     ):
         build({"callback": "ray_callbacks:Strict", "kwargs": {"paths": []}})
+
+
+@imports_ray
+def test_an_argument_that_its_constructor_needs() -> None:
+    with refused("callback 'NeedsPaths': ray_callbacks.NeedsPaths(") as caught:
+        build("ray_callbacks:NeedsPaths")
+    assert str(caught.value).endswith(" lacks 'paths'; add it, as in kwargs: {paths: ...}")
+    assert type(build({"callback": "ray_callbacks:NeedsPaths", "kwargs": {"paths": []}})) is (
+        RayCallback
+    )
+
+
+@imports_ray
+@pytest.mark.parametrize(
+    ("method", "hint"),
+    [
+        ("on_before_node_int", "; did you mean 'on_before_node_init'?"),
+        ("on_after_node_inits", "; did you mean 'on_after_node_init'?"),
+        ("on_before_init", "; name it 'on_before_node_init'"),
+        ("on_before_download", "; name it 'on_before_download_model_files_distributed'"),
+    ],
+)
+def test_a_misspelt_method(method: str, hint: str) -> None:
+    base = ray_callback("Everything")
+    cls = type("Misspelt", (base,), {method: lambda self: None, "on_message": len, "helper": len})
+    with refused(f"callback 'Misspelt': method {method!r} is none that Ray calls{hint}"):
+        build(cls)
 
 
 @imports_ray

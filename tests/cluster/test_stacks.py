@@ -160,6 +160,45 @@ def test_an_instance_in_a_config_of_ray_that_cannot_travel_is_refused() -> None:
 
 
 @imports_ray
+@pytest.mark.parametrize("how", ["Here", "Here()"])
+@pytest.mark.parametrize(
+    ("attribute", "reason"),
+    [
+        (
+            "client = functools.cached_property(print)",
+            "attribute 'client', a cached_property: cannot pickle '_thread.RLock' object",
+        ),
+        (
+            "lock = threading.Lock()",
+            "attribute 'lock', a lock: cannot pickle '_thread.lock' object",
+        ),
+    ],
+)
+def test_a_class_of_a_notebook_that_cannot_travel_says_so(
+    how: str, attribute: str, reason: str
+) -> None:
+    script = f"""
+        import functools, threading
+        from ray import cloudpickle
+        from rayserve_hooks.core.stack import CallbackStack
+
+        class Here:
+            {attribute}
+            def on_before_init(self, ctx): ...
+
+        try:
+            CallbackStack.parse([{how}]).freeze(cloudpickle.dumps)
+        except ValueError as error:
+            print(error)
+    """
+    assert run_script(script) == (
+        "callback 'Here' cannot be sent to another process: its class is in '__main__', which is "
+        f"another module there, and does not pickle for its {reason}; define the class in a module "
+        "that replicas have"
+    )
+
+
+@imports_ray
 def test_a_class_of_a_notebook_travels(tmp_path: Any) -> None:
     """In one process it is in ``__main__``; the other has another ``__main__``, or none."""
     file = tmp_path / "stack.pickle"

@@ -1,5 +1,6 @@
 """Watches what `rayserve_hooks.core._pluggy` takes from pluggy's inside."""
 
+import importlib.metadata
 from typing import Any
 
 import pluggy
@@ -156,3 +157,18 @@ def test_registration_asks_the_overridable_parser_for_each_name() -> None:
     manager.add_hookspecs(Spec)
     manager.register(Plain("a"))
     assert "step" in manager.asked
+
+
+def test_a_distribution_that_is_noted_is_the_one_that_pluggy_lists() -> None:
+    manager, plugin = pluggy.PluginManager("watch"), Plain("a")
+    _pluggy.note_distribution(manager, plugin, importlib.metadata.distribution("pluggy"))
+    ((listed, distribution),) = manager.list_plugin_distinfo()
+    assert listed is plugin
+    assert distribution.project_name == "pluggy", "pluggy moved _plugin_distinfo"
+
+
+def test_what_marks_a_function_but_is_no_options_does_not_count() -> None:
+    def function() -> None: ...
+
+    vars(function)["watch_impl"] = object()
+    assert _pluggy.impl_options(function, "watch") is None

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 from plugins_for_tests import make_ctx, make_manager, make_stack, one, parse_callbacks, refused
@@ -139,6 +140,25 @@ class MisspeltCleanUp:
         pass
 
 
+class Generates:
+    def on_before_init(self, ctx: CallbackCtx) -> Any:
+        yield
+
+
+class GeneratesAsync:
+    @staticmethod
+    async def on_before_init(ctx: CallbackCtx) -> Any:
+        yield
+
+
+class FirstAndLast:
+    @hookimpl(tryfirst=True, trylast=True)
+    def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+
+NOTHING = (
+    "of which nothing would run; drop its 'yield', or make it a 'def' under @hookimpl(wrapper=True)"
+)
 HOOK_LIST = "on_before_init, on_before_download, on_after_init, on_init_failed"
 WRITE = "write 'def on_before_init(self, ctx)'"
 WRITE_CLEAN_UP = "write 'def on_init_failed(self, ctx, error)'"
@@ -153,7 +173,7 @@ WRITE_CLEAN_UP = "write 'def on_init_failed(self, ctx, error)'"
             OneRightOneMisspelt,
             "method 'on_after_initt' is not a hook; did you mean 'on_after_init'?",
         ),
-        (Default, f"on_before_init() gives 'ctx' a default and would never get it; {WRITE}"),
+        (Default, f"on_before_init() gives 'ctx' a default, but is always called with it; {WRITE}"),
         (NoCtx, f"on_before_init() has no parameter 'ctx'; {WRITE}"),
         (
             OtherName,
@@ -190,7 +210,10 @@ WRITE_CLEAN_UP = "write 'def on_init_failed(self, ctx, error)'"
         ),
         (
             ErrorWithDefault,
-            (f"on_init_failed() gives 'error' a default and would never get it; {WRITE_CLEAN_UP}"),
+            (
+                "on_init_failed() gives 'error' a default, but is always called with it; "
+                f"{WRITE_CLEAN_UP}"
+            ),
         ),
         (ErrorAlone, f"on_init_failed() has no parameter 'ctx'; {WRITE_CLEAN_UP}"),
         (
@@ -207,6 +230,9 @@ WRITE_CLEAN_UP = "write 'def on_init_failed(self, ctx, error)'"
             ("on_init_failed() has no parameter 'ctx'; write 'def on_init_failed(ctx, error)'"),
         ),
         (MisspeltCleanUp, "method 'on_init_fail' is not a hook; did you mean 'on_init_failed'?"),
+        (Generates, f"on_before_init() is a generator, {NOTHING}"),
+        (GeneratesAsync, f"on_before_init() is an async generator, {NOTHING}"),
+        (FirstAndLast, "on_before_init() is marked tryfirst and trylast; keep one of them"),
         (Marked, f"'prepare' is marked as a hook; use one of {HOOK_LIST}"),
     ],
 )
@@ -440,7 +466,6 @@ def test_no_property_of_an_instance_runs_when_it_is_pickled_for_its_journey(cls:
 def test_nothing_of_a_callback_runs_when_it_is_looked_up() -> None:
     manager, callback, other = make_manager(), WatchedPlain(), WatchedPlain()
     manager.register(callback, "a")
-    (registered,) = manager.get_plugins()
     assert manager.get_name(callback) == "a"
     assert manager.get_name(other) is None
     assert manager.is_registered(callback)
@@ -448,7 +473,7 @@ def test_nothing_of_a_callback_runs_when_it_is_looked_up() -> None:
     assert manager.get_hookcallers(callback) == [manager.hook.on_before_init]
     assert manager.get_hookcallers(other) is None
     assert manager.subset_hook_caller("on_before_init", [callback, other]).get_hookimpls() == []
-    assert manager.unregister(callback) is registered
+    assert manager.unregister(callback) is callback
     assert RAN == []
 
 
@@ -468,6 +493,47 @@ def test_a_property_named_as_a_hook_is_refused_without_running_it() -> None:
         "a method of that name"
     ):
         create(Lazy)
+
+
+def test_a_proxy_among_the_attributes_is_not_asked_what_it_stands_for() -> None:
+    class Proxy:
+        @property  # type: ignore[misc] # which a proxy does all the same
+        def __class__(self) -> Any:
+            raise AssertionError("connected")
+
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError("connected")
+
+    class Slots:
+        __slots__ = ("on_after_init",)
+
+        def __init__(self) -> None:
+            self.on_after_init = Proxy()
+
+    class Holds:
+        client = Proxy()
+
+        def __init__(self) -> None:
+            self.own = Proxy()
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    assert hook_problems(Holds()) == []
+    (problem,) = hook_problems(Slots())
+    assert problem.startswith("'on_after_init' is named after a hook, but is a member_descriptor; ")
+
+
+def test_a_mock_among_the_functions_is_marked_as_nothing() -> None:
+    def helper() -> None: ...
+
+    vars(helper)["rayserve_hooks_impl"] = mock.MagicMock()
+
+    class Holds:
+        help = staticmethod(helper)
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    assert [hook.attribute for hook in hook_functions(Holds())] == ["on_before_init"]
 
 
 def test_a_module_is_looked_at_without_running_it() -> None:

@@ -43,7 +43,7 @@ def test_null_is_no_limit() -> None:
     assert TimeLimits.parse({"on_after_init": None}).on_after_init is None
 
 
-@pytest.mark.parametrize("wrong", [None, 60, [("total", 60)], "60"])
+@pytest.mark.parametrize("wrong", [None, 60, ["total"], "60"])
 def test_limits_that_are_no_mapping(wrong: object) -> None:
     with refused(f"time_limits is {wrong!r}; write a mapping from {NAMES} to seconds"):
         TimeLimits.parse(wrong)

@@ -1,7 +1,9 @@
 """Registration, and one manager per process and deployment."""
 
 import contextlib
+import functools
 import gc
+import importlib.metadata
 import pickle
 import re
 import threading
@@ -10,16 +12,19 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pluggy
 import pytest
 from plugins_for_tests import (
+    Outer,
     Plain,
     hook_arguments,
     make_ctx,
     make_manager,
     parse_callbacks,
+    ready_made,
+    refused,
     run_script,
     sent,
 )
@@ -148,24 +153,40 @@ Make = Callable[[], Any]
 
 
 def registered(make: Make) -> tuple[PluginManager, Any, RegisteredCallback]:
-    """Return a manager with another callback, one of this kind, and its registration as ``a``."""
+    """Return a manager with another callback, one of this kind as ``a``, and what pluggy holds."""
     manager, callback = make_manager(step("other")), make()
     assert manager.register(callback, "a") == "a"
-    plugin = manager.get_plugin("a")
+    impls = manager.hook.on_before_init.get_hookimpls()
+    (plugin,) = (impl.plugin for impl in impls if impl.plugin_name == "a")
     assert isinstance(plugin, RegisteredCallback)
     return manager, callback, plugin
 
 
 @every_kind
-def test_every_look_up_returns_the_registration_which_holds_the_callback(make: Make) -> None:
-    manager, callback, plugin = registered(make)
+def test_every_look_up_returns_the_callback_itself(make: Make) -> None:
+    manager, callback, _ = registered(make)
     other = manager.get_plugin("other")
-    assert (plugin.callback, plugin.name) == (callback, "a")
+    assert manager.get_plugin("a") is callback
+    assert [found for found in manager.get_plugins() if found is callback] == [callback]
+    assert callback in manager.get_plugins()
+    assert make() not in manager.get_plugins()
+    assert len(manager.get_plugins()) == 2
+    found = manager.list_name_plugin()
+    assert [name for name, _ in found] == ["other", "a"]
+    assert found[0][1] is other
+    assert found[1][1] is callback
+    assert manager.has_plugin("a")
+
+
+@every_kind
+def test_the_plugin_of_a_hookimpl_holds_the_callback_and_equals_it(make: Make) -> None:
+    _, callback, plugin = registered(make)
+    assert plugin.name == "a"
     assert plugin.callback is callback
-    assert manager.get_plugins() == {plugin, other}
-    assert dict(manager.list_name_plugin()) == {"a": plugin, "other": other}
-    impls = {impl.plugin_name: impl for impl in manager.hook.on_before_init.get_hookimpls()}
-    assert {name: impl.plugin for name, impl in impls.items()} == {"a": plugin, "other": other}
+    assert plugin == callback
+    assert hash(plugin) == object.__hash__(callback)
+    assert plugin != make()
+    assert plugin not in (None, "a")
 
 
 @every_kind
@@ -177,11 +198,20 @@ def test_every_look_up_takes_the_callback_or_its_registration(make: Make, by: st
     assert manager.is_registered(given)
     assert manager.get_hookcallers(given) == [manager.hook.on_before_init]
     assert manager.subset_hook_caller("on_before_init", [given])(ctx=make_ctx()) is None
-    assert manager.unregister(given) is plugin
+    assert manager.unregister(given) is callback
     assert manager.get_name(given) is None
     assert not manager.is_registered(given)
     assert manager.get_hookcallers(given) is None
     assert manager.run_order()["on_before_init"] == ["other"]
+
+
+@every_kind
+def test_a_callback_is_unregistered_by_name(make: Make) -> None:
+    manager, callback, _ = registered(make)
+    assert manager.unregister(name="a") is callback
+    assert manager.unregister(name="a") is None
+    assert not manager.has_plugin("a")
+    assert manager.register(callback, "a") == "a"
 
 
 @every_kind
@@ -205,20 +235,21 @@ def test_an_unregistered_callback_is_freed(make: Make) -> None:
 
 def test_an_unregistered_callback_of_a_stack_is_freed() -> None:
     manager = make_manager(Slots)
-    reference = weakref.ref(manager.unregister(name="Slots").callback)  # type: ignore[union-attr]
+    reference = weakref.ref(manager.unregister(name="Slots"))
     gc.collect()
     assert reference() is None
 
 
 @every_kind
 def test_a_blocked_callback_is_unregistered_and_stays_out(make: Make) -> None:
-    manager, callback, plugin = registered(make)
+    manager, callback, _ = registered(make)
     manager.set_blocked("a")
     assert manager.is_blocked("a")
     assert manager.get_plugin("a") is None
     assert not manager.is_registered(callback)
-    assert plugin not in manager.get_plugins()
+    assert callback not in manager.get_plugins()
     assert manager.register(callback, "a") is None
+    assert manager.unregister(callback, "a") is callback  # as in pluggy
     assert manager.run_order()["on_before_init"] == ["other"]
     manager.unblock("a")
     assert manager.register(callback, "a") == "a"
@@ -245,29 +276,20 @@ def test_two_equal_instances_are_two_callbacks(make: Make) -> None:
     manager = make_manager({"callback": first, "name": "a"}, {"callback": second, "name": "b"})
     assert (manager.get_name(first), manager.get_name(second)) == ("a", "b")
     assert len(manager.get_plugins()) == 2
-    plugin = manager.get_plugin("b")
-    assert manager.unregister(second) is plugin
+    assert manager.unregister(second) is second
     assert manager.is_registered(first)
     assert not manager.is_registered(second)
     assert manager.run_order()["on_before_init"] == ["a"]
 
 
-def test_what_is_registered_is_equal_to_itself_only() -> None:
-    manager = make_manager({"callback": Equal, "name": "a"}, {"callback": Equal, "name": "b"})
-    a, b = manager.get_plugin("a"), manager.get_plugin("b")
-    assert a == a  # noqa: PLR0124 - that is the question
-    assert a != b
-    assert a != a.callback  # type: ignore[union-attr]
-
-
-def test_the_hooks_of_a_registration_are_the_instrumented_ones() -> None:
-    manager, _, plugin = registered(Renamed)
+def test_an_impl_calls_the_instrumented_hook_and_leads_to_the_callbacks_own() -> None:
+    manager, callback, plugin = registered(Renamed)
+    (impl,) = (i for i in manager.hook.on_before_init.get_hookimpls() if i.plugin == callback)
     ctx = make_ctx()
-    call: Any = plugin.prepare  # type: ignore[attr-defined]
-    assert call(ctx) == Handled(reason="Renamed")
+    assert impl.function(ctx) == Handled(reason="Renamed")
     assert outcomes(ctx) == [("a", "handled")]
-    impls = manager.hook.on_before_init.get_hookimpls()
-    assert [impl.function for impl in impls if impl.plugin is plugin] == [call]
+    assert plugin.original(impl.function) == callback.prepare
+    assert plugin.original(print) is None
 
 
 def test_options_of_static_and_class_methods_order_them() -> None:
@@ -279,9 +301,8 @@ def test_a_callback_of_a_stack_is_shown_by_the_same_rule() -> None:
     instance = Plain()
     manager = make_manager("plugins_for_tests:ready_made", instance, Slots)
     found: list[tuple[str, Any]] = manager.list_name_plugin()
-    plugins = {name: plugin.callback for name, plugin in found}
-    assert plugins["Plain"] is instance
-    assert {name: type(callback) for name, callback in plugins.items()} == {
+    assert dict(found)["Plain"] is instance
+    assert {name: type(callback) for name, callback in found} == {
         "ready_made": Plain,
         "Plain": Plain,
         "Slots": Slots,
@@ -300,8 +321,12 @@ def test_a_clean_up_under_another_name_is_left_out_of_who_had_not_started() -> N
     manager, ctx = make_manager(Tidies), make_ctx()
     assert manager.clean_up(ctx, ValueError("boom"), ()) == []
     assert ctx.custom_data == {}
+    (impl,) = manager.hook.on_init_failed.get_hookimpls()
     # What pluggy 1.6 asks of a plugin before it leaves it out.
-    assert hasattr(manager.get_plugin("Tidies"), "on_init_failed")
+    assert hasattr(impl.plugin, "on_init_failed")
+    text = "<callback 'Tidies' of .*> has no 'on_after_init'; see the callback: its 'callback'"
+    with pytest.raises(AttributeError, match=f"^{text}$"):
+        _ = impl.plugin.on_after_init  # type: ignore[attr-defined]
 
 
 def test_a_manager_cannot_be_pickled() -> None:
@@ -409,6 +434,91 @@ def test_a_callback_may_ask_for_a_manager_while_it_is_built() -> None:
         print(manager.run_order()["on_before_init"])
     """
     assert run_script(script) == "['Asks']"
+
+
+def test_a_callback_that_asks_for_its_own_manager_is_told_so(app: str) -> None:
+    class AsksForOwn:
+        def __init__(self) -> None:
+            manager_of(stack)
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    stack = stack_of(app, AsksForOwn)
+    text = "RuntimeError: it asks for a plugin manager that is built only after it; ask in a hook$"
+    with pytest.raises(CallbackConfigError, match=text):
+        manager_of(stack)
+
+
+def test_two_callbacks_that_ask_for_each_others_manager_do_not_hang(app: str) -> None:
+    both = threading.Barrier(2)
+    stacks: list[CallbackStack] = []
+
+    class AsksForOther:
+        def __init__(self, other: int) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):  # built again by the other
+                both.wait(0.2)
+            manager_of(stacks[other])
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    stacks += [
+        stack_of(f"{app} {index}", {"callback": AsksForOther, "kwargs": {"other": 1 - index}})
+        for index in range(2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(manager_of, stack) for stack in stacks]
+        errors = [str(future.exception(10)) for future in futures]
+    assert any("it asks for a plugin manager that is built only after it" in e for e in errors)
+
+
+def test_a_slow_constructor_holds_up_no_other_deployment(app: str) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __init__(self) -> None:
+            started.set()
+            assert go_on.wait(10)
+
+        def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(manager_of, stack_of(app, Slow))
+        assert started.wait(10)
+        assert manager_of(stack_of(f"{app} other")).run_order()["on_before_init"] == ["Empty"]
+        go_on.set()
+        assert slow.result(10).run_order()["on_before_init"] == ["Slow"]
+
+
+def test_a_manager_lives_as_long_as_what_is_made_of_its_stack_and_no_longer(app: str) -> None:
+    instance = Empty()
+    stack = CallbackStack.parse([instance])
+    manager = weakref.ref(manager_of(stack.for_deployment(app).here()))
+    reference = weakref.ref(instance)
+    del instance
+    gc.collect()
+    assert manager_of(stack.for_deployment(app)) is manager()
+    del stack
+    gc.collect()
+    assert (manager(), reference()) == (None, None)
+
+
+def test_many_stacks_that_are_gone_keep_nothing(app: str) -> None:
+    references = []
+    for index in range(50):
+        instance = Empty()
+        references.append(weakref.ref(instance))
+        manager_of(stack_of(f"{app} {index}", instance))
+    del instance
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 50
+
+
+def test_what_is_kept_is_neither_sent_nor_compared(app: str) -> None:
+    stack = stack_of(app)
+    manager_of(stack)
+    assert sent(stack) == stack
+    assert sent(stack).kept.managers == {}
+    assert manager_of(sent(stack)) is manager_of(stack)
 
 
 def test_subset_hook_caller_keeps_the_order_of_a_clean_up() -> None:
@@ -540,10 +650,10 @@ def test_hooks_of_a_user_are_called_as_pluggy_calls_them() -> None:
 def test_none_is_ignored_as_in_pluggy() -> None:
     manager = make_manager()
     assert manager.register(None) is None
-    assert manager.get_plugins() == set()
+    assert len(manager.get_plugins()) == 0
 
 
-def test_pluggys_parser_still_takes_a_callback_itself() -> None:
+def test_pluggys_parser_takes_a_callback_and_a_registration() -> None:
     class Marked:
         @hookimpl(tryfirst=True)
         def on_before_init(self, ctx: CallbackCtx) -> None: ...
@@ -551,9 +661,217 @@ def test_pluggys_parser_still_takes_a_callback_itself() -> None:
         def helper(self) -> None: ...
 
     manager = make_manager(Marked)
-    (registered,) = manager.get_plugins()
-    for plugin in (registered, registered.callback):
-        options = manager.parse_hookimpl_opts(plugin, "on_before_init")
+    (callback,) = manager.get_plugins()
+    (impl,) = manager.hook.on_before_init.get_hookimpls()
+    for plugin, name in ((callback, "on_before_init"), (impl.plugin, "on_before_init()")):
+        options = manager.parse_hookimpl_opts(plugin, name)
         assert options is not None
         assert options["tryfirst"]
         assert manager.parse_hookimpl_opts(plugin, "helper") is None
+
+
+def test_a_subclass_may_find_hooks_in_its_own_way() -> None:
+    class OwnWay(PluginManager):
+        def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+            found = super().parse_hookimpl_opts(plugin, name)
+            return {"specname": "on_before_init"} if name == "start" else found
+
+    class Starts:
+        def start(self, ctx: CallbackCtx) -> Handled:
+            return Handled(reason="started")
+
+    manager = OwnWay(CallbackStack())
+    manager.register(Starts())
+    (impl,) = manager.hook.on_before_init.get_hookimpls()
+    assert impl.plugin == manager.get_plugin(impl.plugin_name)
+    assert manager.hook.on_before_init(ctx=make_ctx()) == Handled(reason="started")
+
+
+class TestRegisteredByHand:
+    """What the config refuses is refused, and nothing of it stays."""
+
+    def test_without_ctx(self) -> None:
+        class Bad:
+            def on_after_init(self, ctx: CallbackCtx) -> None: ...
+
+            def on_before_init(self) -> None: ...
+
+        self.refuse(Bad(), "on_before_init() has no parameter 'ctx'; write 'def on_before_init(")
+
+    def test_without_even_self(self) -> None:
+        class Bad:
+            def on_before_init() -> None: ...  # type: ignore[misc]
+
+        self.refuse(
+            Bad(),
+            "on_before_init() takes nothing, or says wrongly what it takes; write 'def on_before_",
+        )
+
+    @pytest.mark.parametrize("hook", ["on_before_init", "on_init_failed"])
+    def test_with_a_default(self, hook: str) -> None:
+        def run(self: object, ctx: CallbackCtx | None = None) -> None: ...
+
+        self.refuse(
+            type("Bad", (), {hook: run})(),
+            f"{hook}() gives 'ctx' a default, but is always called with it; write 'def {hook}(",
+        )
+
+    def test_an_old_style_hookwrapper(self) -> None:
+        class Bad:
+            @hookimpl(hookwrapper=True)
+            def on_before_init(self, ctx: CallbackCtx) -> Any:
+                yield
+
+        self.refuse(Bad(), "on_before_init() is an old-style hookwrapper; use wrapper=True")
+
+    def test_first_and_last_at_once(self) -> None:
+        class Bad:
+            @hookimpl(tryfirst=True, trylast=True)
+            def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+        text = "on_before_init() is marked tryfirst and trylast; keep one of them"
+        self.refuse(Bad(), text)
+        with refused(f"callback 'Bad': {text}"):
+            make_manager(Bad)
+
+    @pytest.mark.parametrize("descriptor", [property, functools.cached_property, functools.cache])
+    def test_a_descriptor_named_as_a_hook(self, descriptor: Any) -> None:
+        def on_before_init(self: object) -> object:
+            raise AssertionError("it ran")
+
+        bad = type("Bad", (), {"on_before_init": descriptor(on_before_init)})
+        self.refuse(bad(), "'on_before_init' is named after a hook, but is a ")
+
+    def test_a_generator(self) -> None:
+        class Bad:
+            def on_before_init(self, ctx: CallbackCtx) -> Any:
+                yield
+
+        self.refuse(Bad(), "on_before_init() is a generator, of which nothing would run; drop its")
+
+    def test_a_hook_of_the_users_own_that_does_not_fit(self) -> None:
+        class Specs:
+            @hookspec
+            def on_ready(self, name: str) -> object: ...
+
+        class Bad:
+            def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+            @hookimpl
+            def on_ready(self, other: str) -> None: ...
+
+        manager, bad = make_manager(), Bad()
+        manager.add_hookspecs(Specs)
+        with pytest.raises(pluggy.PluginValidationError) as caught:
+            manager.register(bad, "bad")
+        assert caught.value.plugin is bad
+        self.nothing_stays(manager, bad)
+
+    def test_an_unknown_hook_is_charged_to_the_callback_itself(self) -> None:
+        class Unknown:
+            @hookimpl
+            def on_ready(self, name: str) -> None: ...
+
+        manager, callback = make_manager(), Unknown()
+        manager.register(callback, "unknown")
+        with pytest.raises(pluggy.PluginValidationError, match="unknown hook 'on_re") as caught:
+            manager.check_pending()
+        assert caught.value.plugin is callback
+
+    def refuse(self, callback: object, text: str) -> None:
+        manager = make_manager()
+        with refused(f"callback 'bad': {text}"):
+            manager.register(callback, "bad")
+        self.nothing_stays(manager, callback)
+
+    @staticmethod
+    def nothing_stays(manager: PluginManager, callback: object) -> None:
+        assert not manager.is_registered(callback)
+        assert not manager.has_plugin("bad")
+        assert set(map(tuple, manager.run_order().values())) == {()}
+
+    def test_any_order_of_parameters_and_any_name_of_self(self) -> None:
+        def decorated(function: Any) -> Any:
+            @functools.wraps(function)
+            def call(*args: Any) -> Any:
+                return function(*args)
+
+            return call
+
+        class Odd:
+            @decorated
+            def on_before_init(this, ctx: CallbackCtx) -> Handled:  # noqa: N805
+                return Handled(reason="decorated")
+
+            def on_init_failed(this, error: BaseException, ctx: CallbackCtx) -> None:  # noqa: N805
+                ctx.custom_data["error"] = str(error)
+
+        manager, ctx = make_manager(), make_ctx()
+        manager.register(Odd())
+        assert manager.hook.on_before_init(ctx=ctx) == Handled(reason="decorated")
+        manager.hook.on_init_failed(ctx=ctx, error=ValueError("boom"))
+        assert ctx.custom_data["error"] == "boom"
+
+    def test_a_hook_under_a_name_that_a_registration_has_itself(self) -> None:
+        class Odd:
+            @hookimpl(specname="on_before_init")
+            def callback(self, ctx: CallbackCtx) -> None:
+                ctx.custom_data["callback"] = True
+
+            @hookimpl(specname="on_before_init")
+            def name(self, ctx: CallbackCtx) -> Handled:
+                return Handled(reason="name")
+
+        manager, ctx = make_manager(), make_ctx()
+        manager.register(Odd(), "odd")
+        manager.register(Plain(), "plain")
+        assert manager.hook.on_before_init(ctx=ctx) == Handled(reason="name")
+        assert manager.get_name(manager.get_plugin("odd")) == "odd"
+
+    def test_an_optional_hook_that_is_unknown(self) -> None:
+        @dataclass
+        class Newer:
+            @hookimpl(optionalhook=True)
+            def on_before_everything(self, ctx: CallbackCtx) -> None: ...
+
+        manager = make_manager(Newer)
+        manager.register(Newer(), "by hand")
+        manager.check_pending()
+        assert len(manager.get_plugins()) == 2
+
+    def test_a_name_is_found_without_running_anything(self) -> None:
+        class Attacks:
+            @property
+            def __name__(self) -> str:
+                raise AssertionError("it ran")
+
+            def __getattr__(self, name: str) -> Any:
+                raise AssertionError("it ran")
+
+            def on_before_init(self, ctx: CallbackCtx) -> None: ...
+
+        callback = Attacks()
+        assert make_manager().register(callback) == str(id(callback))
+
+    def test_entry_points_are_built_as_the_config_does(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Distribution:
+            metadata: ClassVar = {"name": "fetchers"}
+            entry_points: ClassVar = [
+                importlib.metadata.EntryPoint("outer", "plugins_for_tests:Outer.Inner", "g"),
+                importlib.metadata.EntryPoint("strict", "plugins_for_tests:Strict", "g2"),
+                importlib.metadata.EntryPoint("ready", "plugins_for_tests:ready_made", "g"),
+            ]
+
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda: [Distribution()])
+        manager = make_manager()
+        manager.set_blocked("blocked")
+        assert manager.load_setuptools_entrypoints("g") == 2
+        assert type(manager.get_plugin("outer")) is Outer.Inner
+        assert manager.get_plugin("ready") is ready_made
+        assert manager.load_setuptools_entrypoints("g") == 0
+        plugins = [plugin for plugin, _ in manager.list_plugin_distinfo()]
+        assert plugins == [manager.get_plugin("outer"), ready_made]
+        with refused("callback 'strict': plugins_for_tests.Strict(*, limit: int) "):
+            manager.load_setuptools_entrypoints("g2", "strict")
