@@ -144,3 +144,97 @@ class RefuseToBeBuilt:
 class HangInReplica:
     def on_before_init(self, ctx: CallbackCtx) -> None:
         threading.Event().wait()
+
+
+class Exits:
+    """Exit where, and as, its arguments say.
+
+    Args:
+        place: A hook's name, ``"constructor"`` of an actor, or ``"background"``.
+        error: The exception's name.
+        on_other: Whether it does so on another node, and not on the replica's.
+        is_async: Whether it does so in a coroutine.
+    """
+
+    def __init__(
+        self,
+        place: str,
+        error: str = "SystemExit",
+        *,
+        on_other: bool = False,
+        is_async: bool = False,
+    ) -> None:
+        self.place, self.error, self.on_other, self.is_async = place, error, on_other, is_async
+        if place == "constructor" and self._is_other():
+            self._exit()
+
+    def on_before_init(self, ctx: CallbackCtx) -> object:
+        return self._at("on_before_init", ctx)
+
+    def on_before_download(self, ctx: CallbackCtx) -> object:
+        if ctx.node.is_local == self.on_other:
+            return None
+        if self.place == "background":
+            ctx.run_in_background(self._exit_async if self.is_async else self._exit)
+        return self._at("on_before_download", ctx)
+
+    def on_after_init(self, ctx: CallbackCtx) -> object:
+        return self._at("on_after_init", ctx)
+
+    def on_init_failed(self, ctx: CallbackCtx) -> object:
+        return self._at("on_init_failed", ctx)
+
+    def _at(self, place: str, ctx: CallbackCtx) -> object:
+        if place != self.place:
+            return None
+        if self.is_async:
+            return self._exit_async()
+        self._exit()
+        return None
+
+    async def _exit_async(self) -> None:
+        await asyncio.sleep(0)
+        self._exit()
+
+    def _exit(self) -> None:
+        raise EXITS[self.error]("out")
+
+    @staticmethod
+    def _is_other() -> bool:
+        """Return whether this is the process of a node's actor."""
+        import ray
+
+        return ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+
+
+class BlocksItsLoop:
+    """Block the loop of async callbacks on one node."""
+
+    def __init__(self, node: str, *, stops: bool) -> None:
+        self.node, self.stops = node, stops
+
+    async def on_before_download(self, ctx: CallbackCtx) -> None:
+        if ctx.node.id == self.node:
+            if self.stops:
+                asyncio.get_running_loop().stop()
+                await asyncio.sleep(0.01)
+            threading.Event().wait()
+
+    async def on_init_failed(self, ctx: CallbackCtx) -> None:
+        await asyncio.sleep(0)
+
+
+class PanicException(BaseException):
+    """No Exception, and none of Python's own."""
+
+
+EXITS = {
+    kind.__name__: kind
+    for kind in (
+        SystemExit,
+        KeyboardInterrupt,
+        GeneratorExit,
+        asyncio.CancelledError,
+        PanicException,
+    )
+}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
 
 from rayserve_hooks.cluster import travel
 from rayserve_hooks.cluster.node import initialize_this_node
@@ -18,23 +16,8 @@ from rayserve_hooks.core.running import clean_up, with_background
 from rayserve_hooks.errors import Phase
 from rayserve_hooks.trace import TraceEntry
 
-P = ParamSpec("P")
-T = TypeVar("T")
-_Method = Callable[P, Coroutine[Any, Any, T]]
-
 _RECEIPT_S = 0.5
 _GIVE_UP_S = 2.0
-
-
-def _on_process_loop(method: _Method[P, T]) -> _Method[P, T]:
-    """Run a method on this package's loop, so that a callback that blocks it delays no status."""
-
-    @functools.wraps(method)
-    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        running = asyncio.run_coroutine_threadsafe(method(*args, **kwargs), threads.process_loop())
-        return await asyncio.wrap_future(running)
-
-    return run
 
 
 class NodeActor:
@@ -51,7 +34,6 @@ class NodeActor:
         self._error: BaseException | None = None
         self._reports = _Reports()
 
-    @_on_process_loop
     async def initialize(self) -> travel.NodeReply:
         """Run the node's stage; when it fails nothing is cleaned up yet."""
         self._stage = asyncio.create_task(self._run())
@@ -65,11 +47,15 @@ class NodeActor:
 
     async def _run(self) -> travel.NodeReply:
         request = self._request
-        ctx = self._ctx = travel.context_of(request, self._attempt, self._on_call)
+        # In a thread, as all that runs code of callbacks: here it could block or end this loop.
+        ctx = await threads.run_in_thread(travel.context_of, request, self._attempt, self._on_call)
+        self._ctx = ctx
         manager = await threads.run_in_thread(manager_of, request.stack)
         stage = initialize_this_node(manager, ctx, request.source, self._on_phase)
         result = await with_background(manager, ctx, stage)
-        custom_data = travel.pack_custom_data(ctx, request.custom_data_setters)
+        custom_data = await threads.run_in_thread(
+            travel.pack_custom_data, ctx, request.custom_data_setters
+        )
         return travel.NodeReply(result, custom_data, ctx.extra_init_kwargs, list(ctx.trace))
 
     async def status(self, seen: int) -> travel.NodeStatus:
@@ -77,7 +63,6 @@ class NodeActor:
         number = await threads.run_in_thread(self._reports.after, seen)
         return travel.NodeStatus(number, self._phase, list(self._ctx.trace) if self._ctx else [])
 
-    @_on_process_loop
     async def stop(self) -> None:
         """Cancel the node's stage if it still runs. Returns soon, unless the process hangs."""
         if self._stage is None or self._stage.done():
@@ -88,13 +73,14 @@ class NodeActor:
         phase = self._phase or Phase.BEFORE_DOWNLOAD
         self._error = entry_error(None, self._request.node, phase, detail)
 
-    @_on_process_loop
     async def clean_up(self, error: BaseException, started: Sequence[str]) -> travel.CleanUp:
         """Run ``on_init_failed``, with ``error`` unless the initialization has failed here.
 
         ``started`` names the callbacks that had started in another process of this node.
         """
-        ctx = self._ctx or travel.context_of(self._request, self._attempt)
+        ctx = self._ctx
+        if ctx is None:
+            ctx = await threads.run_in_thread(travel.context_of, self._request, self._attempt)
         manager = await threads.run_in_thread(manager_of, self._request.stack)
         failures = await clean_up(manager, ctx, self._error or error, started)
         return travel.CleanUp(failures, list(ctx.trace))

@@ -15,6 +15,9 @@ from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import HookError, Phase, RemoteCause, describe
 from rayserve_hooks.trace import TraceEntry
 
+_FIX = "fix the callback, or set 'on_error: warn' on it to go on without it"
+_RAISE_ANOTHER = "return, or raise an Exception, for which on_error counts"
+
 
 @dataclass(frozen=True)
 class Blame:
@@ -29,8 +32,16 @@ class Blame:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     what: str = ""
 
+    def goes_on_after(self, error: BaseException) -> bool:
+        """Return whether the next callback runs: ``on_error: warn`` counts for an `Exception`."""
+        return self.warns and isinstance(error, Exception)
 
-def settle(error: Exception, ctx: CallbackCtx, blame: Blame) -> HookError | None:
+    def outcome_of(self, error: BaseException) -> str:
+        """Return what a trace says of a call that raised ``error``."""
+        return "warned" if self.goes_on_after(error) else "failed"
+
+
+def settle(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError | None:
     """Raise what a callback raised as a `HookError`, or log it where the config says so.
 
     A failed clean-up is logged and returned: a list of these is what that hook call returns.
@@ -39,7 +50,7 @@ def settle(error: Exception, ctx: CallbackCtx, blame: Blame) -> HookError | None
     if isinstance(error, HookError) and not (blame.warns or cleaning_up or blame.what):
         raise error  # of a hook called by this callback; it names who failed already
     failure = hook_error(error, ctx, blame)
-    if blame.warns:
+    if blame.goes_on_after(error):
         logger.warning("%s (on_error: warn, going on)", failure, exc_info=failure.__cause__)
         return None
     if cleaning_up:
@@ -57,7 +68,7 @@ def hook_error(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookErro
         node=str(ctx.node),
         phase=PHASES[blame.hook],
         detail=blame.what + redact(describe(error), values),
-        advice="fix the callback, or set 'on_error: warn' on it to go on without it",
+        advice=_FIX if isinstance(error, Exception) else _RAISE_ANOTHER,
     )
     failure.__cause__ = _without_secrets(error, values)
     return failure

@@ -98,7 +98,7 @@ class Recorder:
             finally:
                 entry.finish(outcome)
 
-        call = threads.start_in_thread(run)
+        call = threads.ThreadCall(run)
         self.background.append((entry, call))
         return call.future
 
