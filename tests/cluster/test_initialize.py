@@ -407,9 +407,12 @@ def test_a_group_supplied_by_a_callback_is_the_only_one() -> None:
 def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
     ray_cluster: Any, busy_log: pytest.LogCaptureFixture
 ) -> None:
+    from ray.util.placement_group import placement_group
+
+    assert placement_group([{"other": 4}]).wait(30)
     pending = group_states().count("PENDING")
     llm_config = config(
-        placement_group_config={"bundles": [{"CPU": 1, "GPU": 99}]}, time_limits={"total": 1}
+        placement_group_config={"bundles": [{"other": 1}]}, time_limits={"total": 1}
     )
     with pytest.raises(
         HookError,
@@ -420,7 +423,7 @@ def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
         initialize(llm_config)
     group = r"[0-9a-f]{20,}"
     assert re.search(
-        rf"waiting for placement group {group}, bundles \[{{'CPU': 1.0, 'GPU': 99.0}}\]; 'ray "
+        rf"waiting for placement group {group}, bundles \[{{'other': 1.0}}\]; 'ray "
         "status' shows what is free",
         busy_log.text,
     )
@@ -428,6 +431,72 @@ def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
         rf"removed placement group {group}, which this initialization had made", busy_log.text
     )
     assert group_states().count("PENDING") == pending
+
+
+NO_AUTOSCALER = (
+    r", and no autoscaler runs that would add one: node [0-9a-f]+ \(.*\) has {.*'CPU': 8.0.*}; "
+    r"node [0-9a-f]+ \(.*\) has {.*'other': 4.0}; ask for less in placement_group_config, or where the "
+    "group is made, or add nodes$"
+)
+
+
+@pytest.mark.usefixtures("busy_log")
+@pytest.mark.parametrize(
+    ("bundles", "strategy", "text"),
+    [
+        ([{"GPU": 1}], "PACK", "no node can hold bundle {'GPU': 1.0}"),
+        ([{"CPU": 1}, {"CPU": 9}], "SPREAD", "no node can hold bundle {'CPU': 9.0}"),
+        ([{"CPU": 1, "other": 1}], "PACK", "no node can hold bundle {'CPU': 1.0, 'other': 1.0}"),
+        ([{"CPU": 5}] * 2, "PACK", "no nodes can hold all bundles, together {'CPU': 10.0}"),
+        (
+            [{"CPU": 1}, {"other": 1}],
+            "STRICT_PACK",
+            "no node can hold all bundles of a STRICT_PACK group, together {'CPU': 1.0, 'o",
+        ),
+        (
+            [{"CPU": 1}] * 3,
+            "STRICT_SPREAD",
+            r"no 3 nodes are there for the bundles of a STRICT_SPREAD group, \[{'CPU': 1.0}, ",
+        ),
+    ],
+)
+def test_a_group_that_can_never_be_had_is_an_error_at_once(
+    bundles: list[dict[str, float]], strategy: str, text: str
+) -> None:
+    before = group_states().count("PENDING")
+    llm_config = config(placement_group_config={"bundles": bundles, "strategy": strategy})
+    with pytest.raises(
+        HookError,
+        match=rf"^node initialization failed on node .* \(phase: placement\): "
+        rf"ctx.placement_group: {text}.*{NO_AUTOSCALER}",
+    ):
+        initialize(llm_config)
+    assert group_states().count("PENDING") == before
+
+
+@pytest.mark.usefixtures("busy_log")
+def test_a_group_of_a_callback_that_can_never_be_had_names_it() -> None:
+    mine = {"callback": "custom_placement_group", "kwargs": {"bundles": [{"GPU": 2}]}}
+    with pytest.raises(
+        HookError,
+        match=r"^callback 'custom_placement_group' failed in hook on_before_init .* \(phase: "
+        rf"placement\): ctx.placement_group: no node can hold bundle {{'GPU': 2.0}}{NO_AUTOSCALER}",
+    ):
+        initialize(config(mine))
+
+
+def test_a_group_that_an_autoscaler_may_bring_is_waited_for(
+    busy_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayserve_hooks.cluster._ray.autoscaler_runs", lambda: True)
+    llm_config = config(placement_group_config={"bundles": [{"GPU": 1}]}, time_limits={"total": 1})
+    with pytest.raises(HookError, match="not done after 1 s, the time limit 'total'"):
+        initialize(llm_config)
+    assert re.search(
+        r"no node can hold bundle {'GPU': 1.0}: node .* has {.*}; waiting for an autoscaler to add "
+        "nodes",
+        busy_log.text,
+    )
 
 
 def test_a_group_that_is_gone_names_who_set_it() -> None:
