@@ -128,6 +128,36 @@ class OnNode:
         raise RuntimeError(f"no {what}")
 
 
+class HereOnlyError(Exception):
+    """Can be rebuilt in its own process only; in another that raises, or exits."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuilt, (os.getpid(), *self.args)
+
+
+def _rebuilt(pid: int, text: str) -> HereOnlyError:
+    if os.getpid() == pid:
+        return HereOnlyError(text)
+    raise SystemExit(3) if "exits" in text else ModuleNotFoundError("no module named 'store'")
+
+
+class Raises:
+    """Raise on one node what cannot be sent to another.
+
+    Args:
+        node: Its id.
+        text: The error's text, ``times`` over.
+        times: How long it is made.
+    """
+
+    def __init__(self, node: str, text: str, times: int = 1) -> None:
+        self.node, self.text, self.times = node, text, times
+
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        if ctx.node.id == self.node:
+            raise HereOnlyError(self.text * self.times)
+
+
 class RefuseToBeBuilt:
     """A constructor that works on the head node only, as where a library is missing elsewhere."""
 

@@ -13,7 +13,7 @@ from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.running import clean_up, with_background
-from rayserve_hooks.errors import Phase
+from rayserve_hooks.errors import HookError, Phase, describe
 from rayserve_hooks.trace import TraceEntry
 
 _RECEIPT_S = 0.5
@@ -39,9 +39,14 @@ class NodeActor:
         self._stage = asyncio.create_task(self._run())
         try:
             return await self._stage
-        except BaseException as error:
+        except asyncio.CancelledError as error:
             self._error = self._error or error
             raise
+        except Exception as error:
+            # Ours, since Ray has its own ways with one that cannot be rebuilt in the replica.
+            ours = error if isinstance(error, HookError) else self._step_error(describe(error))
+            self._error = self._error or ours
+            raise ours from (error.__cause__ if ours is error else error)
         finally:
             self._reports.close()
 
@@ -70,8 +75,7 @@ class NodeActor:
         self._stage.cancel()
         await asyncio.wait([self._stage], timeout=_GIVE_UP_S)
         detail = "stopped, because the initialization has failed elsewhere or was cancelled"
-        phase = self._phase or Phase.BEFORE_DOWNLOAD
-        self._error = entry_error(None, self._request.node, phase, detail)
+        self._error = self._step_error(detail)
 
     async def clean_up(self, error: BaseException, started: Sequence[str]) -> travel.CleanUp:
         """Run ``on_init_failed``, with ``error`` unless the initialization has failed here.
@@ -84,6 +88,10 @@ class NodeActor:
         manager = await threads.run_in_thread(manager_of, self._request.stack)
         failures = await clean_up(manager, ctx, self._error or error, started)
         return travel.CleanUp(failures, list(ctx.trace))
+
+    def _step_error(self, detail: str) -> HookError:
+        phase = self._phase or Phase.BEFORE_DOWNLOAD
+        return entry_error(None, self._request.node, phase, detail)
 
     def _on_call(self, _: TraceEntry) -> None:
         self._reports.add()

@@ -12,7 +12,7 @@ from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import HookError, Phase, RemoteCause, describe
+from rayserve_hooks.errors import HookError, Phase, RemoteCause, describe, formatted, shortened
 from rayserve_hooks.trace import TraceEntry
 
 _FIX = "fix the callback, or set 'on_error: warn' on it to go on without it"
@@ -70,7 +70,7 @@ def hook_error(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookErro
         detail=blame.what + redact(describe(error), values),
         advice=_FIX if isinstance(error, Exception) else _RAISE_ANOTHER,
     )
-    failure.__cause__ = _without_secrets(error, values)
+    failure.__cause__ = _presentable(error, values)
     return failure
 
 
@@ -87,12 +87,14 @@ def entry_error(entry: TraceEntry | None, node: NodeInfo, phase: Phase, detail: 
     return HookError(callback=callback, hook=hook, node=str(node), phase=phase, detail=detail)
 
 
-def _without_secrets(error: BaseException, values: Mapping[str, Any]) -> BaseException:
-    """Return the error, or a stand-in if its text, or that of one it came from, has a secret."""
+def _presentable(error: BaseException, values: Mapping[str, Any]) -> BaseException:
+    """Return the error, or a stand-in if its text, or that of one it came from, is not to be shown.
+
+    That is a text with a secret, or one that is too long for a log.
+    """
     texts = "".join(traceback.format_exception(error, limit=0))
-    if redact(texts, values) == texts:
+    if shortened(texts) == texts and redact(texts, values) == texts:
         return error
-    formatted = redact("".join(traceback.format_exception(error)), values)
     stand_in = RemoteCause(redact(describe(error), values))
-    stand_in.add_note(f"traceback, without secrets:\n{formatted}")
+    stand_in.add_note(f"traceback, without secrets:\n{redact(formatted(error), values)}")
     return stand_in

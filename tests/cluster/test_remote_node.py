@@ -20,6 +20,7 @@ import s3
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, HookError
 from rayserve_hooks.cluster import remote_node
+from rayserve_hooks.errors import RemoteCause
 
 if TYPE_CHECKING:
     from rayserve_hooks import LLMConfig
@@ -340,6 +341,26 @@ def test_a_background_task_that_fails_on_a_node_names_its_callback(third: Any, l
     ) as caught:
         initialize(config(log, on(third.node_id, "fail_in_background")))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(("text", "times"), [("raises", 1), ("exits", 1), ("long ", 10_000_000)])
+def test_an_exception_that_cannot_be_rebuilt_here_keeps_its_names(
+    third: Any, log: Path, text: str, times: int
+) -> None:
+    kwargs = {"node": third.node_id, "text": text, "times": times}
+    started = time.monotonic()
+    with pytest.raises(
+        HookError,
+        match=rf"^callback 'Raises' failed in hook on_before_download on node {third.node_id} "
+        rf"\(.*\) \(phase: before download\): failing_callbacks.HereOnlyError: {text}",
+    ) as caught:
+        initialize(config(log, {"callback": "failing_callbacks:Raises", "kwargs": kwargs}))
+    assert type(caught.value.__cause__) is RemoteCause
+    assert "HereOnlyError" in str(caught.value.__cause__)
+    assert "in on_before_download" in "".join(caught.value.__cause__.__notes__)
+    assert len(str(caught.value)) < 25_000
+    assert time.monotonic() - started < 15
+    assert calls(log, "on_init_failed")
 
 
 @contextlib.contextmanager
