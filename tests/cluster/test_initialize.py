@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.ray
 
+TESTS = Path(__file__).parent.parent
 SPREAD = "lifecycle_callbacks:SpreadOverNodes"
 
 
@@ -219,18 +220,19 @@ def test_handled_skips_nodes_and_sets_the_model(caplog: pytest.LogCaptureFixture
         caplog.text,
     )
     engine: Any = llm_config.get_engine_config()
-    assert engine.hf_model_id == "/models/taken-over"
+    assert engine.hf_model_id == "models/taken-over"
 
 
 def test_on_after_init_sees_who_took_over_and_what_a_node_brought() -> None:
     see = "lifecycle_callbacks:SeeHandled"
     ctx = initialize(config("lifecycle_callbacks:TakeOver", see, model_id="taken"))
-    assert ctx.custom_data["handled"] == Handled("/models/taken-over", "it is baked into the image")
+    assert ctx.custom_data["handled"] == Handled("models/taken-over", "it is baked into the image")
     assert ctx.custom_data["brought"] == []
-    bring = {"callback": "lifecycle_callbacks:BringModel", "kwargs": {"path": "/models/brought"}}
+    path = str(TESTS)
+    bring = {"callback": "lifecycle_callbacks:BringModel", "kwargs": {"path": path}}
     ctx = initialize(config(bring, see, model_id="brought"))
     assert ctx.custom_data["handled"] is None
-    assert ctx.custom_data["brought"] == [("/models/brought", Handled("/models/brought"))]
+    assert ctx.custom_data["brought"] == [(path, Handled(path))]
 
 
 def test_engine_arguments_reach_the_engine_and_its_front_end() -> None:
@@ -380,9 +382,37 @@ def test_different_paths_on_nodes_are_an_error_naming_both(ray_cluster: Any) -> 
     with pytest.raises(
         HookError,
         match=rf"the engine needs one model path on all nodes, got {ray_cluster.head_id} .*: "
-        rf"'/models/local', {ray_cluster.other_id} .*: '/models/other'; return the same path",
+        rf"'{TESTS}', {ray_cluster.other_id} .*: '{TESTS.parent}'; return the same path",
     ):
         initialize(config(SPREAD, "lifecycle_callbacks:PathPerNode"))
+
+
+@pytest.mark.parametrize("path", ["/models/typo", "models/of/nobody", "./models", "~/models"])
+def test_a_path_that_is_not_there_is_an_error_on_that_node(ray_cluster: Any, path: str) -> None:
+    bring = {
+        "callback": "lifecycle_callbacks:BringModel",
+        "kwargs": {"path": str(TESTS), "other_path": path},
+    }
+    with pytest.raises(
+        HookError,
+        match=rf"^callback 'BringModel' failed in hook on_before_download on node "
+        rf"{ray_cluster.other_id} \(.*\) .*: Handled\(model_path='{path}'\) "
+        "names nothing that is there on this node; put the model there first, or return None to "
+        "have it downloaded$",
+    ):
+        initialize(config(SPREAD, bring))
+
+
+def test_a_path_that_is_not_there_is_an_error_before_anything_is_placed() -> None:
+    take_over = {"callback": "lifecycle_callbacks:TakeOver", "kwargs": {"path": "/models/typo"}}
+    before = len(group_states())
+    with pytest.raises(
+        HookError,
+        match=r"^callback 'TakeOver' failed in hook on_before_init on node .* \(phase: before "
+        r"init\): Handled\(model_path='/models/typo'\) names nothing",
+    ):
+        initialize(config(take_over))
+    assert len(group_states()) == before
 
 
 def test_a_blocking_callback_leaves_the_event_loop_free() -> None:
