@@ -128,6 +128,46 @@ class OnNode:
         raise RuntimeError(f"no {what}")
 
 
+class CrashTogether:
+    """End the processes of some nodes at the same moment.
+
+    Args:
+        nodes: Their ids.
+        how: A method's name.
+        folder: Where they meet.
+        hook: In which hook.
+    """
+
+    def __init__(
+        self, nodes: list[str], how: str, folder: str, hook: str = "on_before_download"
+    ) -> None:
+        self.nodes, self.how, self.folder, self.hook = nodes, how, Path(folder), hook
+
+    def on_before_download(self, ctx: CallbackCtx) -> None:
+        self._crash("on_before_download", ctx)
+
+    def on_init_failed(self, ctx: CallbackCtx) -> None:
+        self._crash("on_init_failed", ctx)
+
+    def _crash(self, hook: str, ctx: CallbackCtx) -> None:
+        if hook != self.hook or ctx.node.id not in self.nodes:
+            return
+        (self.folder / ctx.node.id).touch()
+        while not all((self.folder / node).exists() for node in self.nodes):
+            time.sleep(0.01)  # of other processes: there is nothing to wait on
+        getattr(self, self.how)()
+
+    def exit(self) -> None:
+        os._exit(1)
+
+    def segfault(self) -> None:
+        ctypes.string_at(0)
+
+    def close_files(self) -> None:
+        os.closerange(3, 4096)
+        threading.Event().wait()
+
+
 class HereOnlyError(Exception):
     """Can be rebuilt in its own process only; in another that raises, or exits."""
 

@@ -68,26 +68,38 @@ class NodeActor:
         number = await threads.run_in_thread(self._reports.after, seen)
         return travel.NodeStatus(number, self._phase, list(self._ctx.trace) if self._ctx else [])
 
-    async def stop(self) -> None:
-        """Cancel the node's stage if it still runs. Returns soon, unless the process hangs."""
+    async def stop(self) -> bool:
+        """Cancel the node's stage if it still runs, and return whether it had begun.
+
+        Returns soon, unless the process hangs.
+        """
         if self._stage is None or self._stage.done():
-            return
+            return self._phase is not None
         self._stage.cancel()
         await asyncio.wait([self._stage], timeout=_GIVE_UP_S)
         detail = "stopped, because the initialization has failed elsewhere or was cancelled"
         self._error = self._step_error(detail)
+        return self._phase is not None
 
-    async def clean_up(self, error: BaseException, started: Sequence[str]) -> travel.CleanUp:
+    async def clean_up(
+        self, error: BaseException, started: Sequence[str], *, followed: bool = False
+    ) -> travel.CleanUp:
         """Run ``on_init_failed``, with ``error`` unless the initialization has failed here.
 
-        ``started`` names the callbacks that had started in another process of this node.
+        ``started`` names the callbacks that had started in another process of this node;
+        ``followed`` is whether somebody asks for the status meanwhile.
         """
-        ctx = self._ctx
-        if ctx is None:
-            ctx = await threads.run_in_thread(travel.context_of, self._request, self._attempt)
-        manager = await threads.run_in_thread(manager_of, self._request.stack)
-        failures = await clean_up(manager, ctx, self._error or error, started)
-        return travel.CleanUp(failures, list(ctx.trace))
+        self._reports = _Reports(awaited=followed)
+        try:
+            if self._ctx is None:
+                self._ctx = await threads.run_in_thread(
+                    travel.context_of, self._request, self._attempt, self._on_call
+                )
+            manager = await threads.run_in_thread(manager_of, self._request.stack)
+            failures = await clean_up(manager, self._ctx, self._error or error, started)
+            return travel.CleanUp(failures, list(self._ctx.trace))
+        finally:
+            self._reports.close()
 
     def _step_error(self, detail: str) -> HookError:
         phase = self._phase or Phase.BEFORE_DOWNLOAD
@@ -103,9 +115,13 @@ class NodeActor:
 
 
 class _Reports:
-    """Counts what there is to report, and knows what has been received."""
+    """Counts what there is to report, and knows what has been received.
 
-    def __init__(self) -> None:
+    ``awaited`` is whether somebody is going to ask.
+    """
+
+    def __init__(self, *, awaited: bool = True) -> None:
+        self._awaited = awaited
         self._changed = threading.Condition()
         self._added = self._received = 0
         self._closed = False
@@ -132,4 +148,5 @@ class _Reports:
         """Wait, for a while, until everything so far has been received."""
         with self._changed:
             number = self._added
-            self._changed.wait_for(lambda: self._received >= number or self._closed, _RECEIPT_S)
+            if self._awaited:
+                self._changed.wait_for(lambda: self._received >= number or self._closed, _RECEIPT_S)
