@@ -17,6 +17,7 @@ class Change:
 
     Attributes:
         path: The field, as ``"field"``, or the key of a dict field, as ``"field.key.key"``.
+            A dict or list that is too large to be compared is one value.
         before: The value before the call, formatted; `ABSENT` for a new key.
         after: The value after it, formatted; `ABSENT` for a deleted key.
     """

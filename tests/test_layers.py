@@ -304,7 +304,7 @@ def _private_rule(name: str, module: Module) -> str:
     return ""
 
 
-# What Ray has brought from a process of the same job. Never a file: another user may have written it.
+# What Ray has brought from a process of the same job. Never a file, which another may have written.
 UNPICKLES = ("errors", "core.instances", "cluster.travel")
 SHARED_FOLDERS = ("download.node_lock",)  # it checks owner and mode, and believes nothing in it
 UNPICKLERS = re.compile(r"(pickle|cloudpickle|dill|_pickle)\.(loads|Unpickler)")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MASK = "***"
 _LONGEST = 80
@@ -44,10 +47,10 @@ def shown(value: object, secret: bool = False) -> str:
     if secret or _is_masked(value):
         return MASK
     if isinstance(value, Mapping):
-        items = (f"{key!r}: {shown(item, is_secret(key))}" for key, item in value.items())
+        items = (f"{key!r}: {shown(item, is_secret(key))}" for key, item in _first(value.items()))
         text = "{" + ", ".join(items) + "}"
     elif isinstance(value, list | tuple | set | frozenset):
-        text = "[" + ", ".join(map(shown, value)) + "]"
+        text = "[" + ", ".join(map(shown, _first(value))) + "]"
     elif isinstance(value, str):
         text = repr(_USER_IN_URL.sub(MASK, value))
     elif isinstance(value, _PLAIN):
@@ -57,6 +60,11 @@ def shown(value: object, secret: bool = False) -> str:
     else:
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _first(items: Iterable[T]) -> Iterable[T]:
+    """Return as many as can be shown: each takes a character."""
+    return itertools.islice(items, _LONGEST)
 
 
 def _is_masked(value: object) -> bool:
