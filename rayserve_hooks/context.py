@@ -60,8 +60,8 @@ class Handled:
     """A hook's result that says "done, skip the rest".
 
     Args:
-        model_path: The model's folder, or an id the engine can load; None leaves the engine's
-            model as configured.
+        model_path: The model's folder, which must be there, or an id the engine can load; None
+            leaves the engine's model as configured.
         reason: Why, for the log and the trace.
 
     Raises:
@@ -74,7 +74,9 @@ class Handled:
 
     def __post_init__(self) -> None:
         if isinstance(self.model_path, os.PathLike):
-            object.__setattr__(self, "model_path", os.fspath(self.model_path))
+            # Absolute, so that it is no model's id.
+            path = os.path.abspath(os.fspath(self.model_path))  # noqa: PTH100 - of any path class
+            object.__setattr__(self, "model_path", path)
         if not isinstance(self.model_path, str | None):
             raise TypeError(
                 f"Handled(model_path=...) takes a path or None, got {self.model_path!r}"

@@ -6,9 +6,13 @@ import contextlib
 import difflib
 import enum
 import pickle
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+_LONGEST_TEXT = 20_000
+_LONGEST_PICKLE = 1_000_000
 
 
 class HooksError(Exception):
@@ -69,7 +73,7 @@ class DownloadError(HooksError, RuntimeError):
 class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a traceback
     """Stands in for an original exception; keeps its type's name and its text.
 
-    One that cannot be pickled, or that shows a secret, does not travel itself.
+    One that does not travel, or is too long to be read, or shows a secret, is not kept itself.
     """
 
 
@@ -144,30 +148,55 @@ def did_you_mean(word: object, known: Iterable[object], *, cutoff: float = 0.6) 
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception's type and text, as the last line of a traceback has them."""
-    return "".join(traceback.format_exception_only(error)).strip()
+    """Return an exception's type and text, as the last line of a traceback has them, cut short."""
+    return shortened("".join(traceback.format_exception_only(error)).strip())
 
 
-def _portable(error: BaseException | None) -> tuple[bytes, str] | None:
-    """Turn an exception into bytes and its formatted traceback, whatever it holds."""
+def formatted(error: BaseException, limit: int | None = None) -> str:
+    """Return an exception's traceback, or ``limit`` frames of each, with its causes, cut short."""
+    return shortened("".join(traceback.format_exception(error, limit=limit)))
+
+
+def shortened(text: str) -> str:
+    """Return a text without its middle, with a note, if it is longer than people read."""
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    # At white space, or half of a secret would be left, which nobody finds to mask it.
+    head = re.sub(r"\S{1,200}$", "", text[: _LONGEST_TEXT // 2])
+    tail = re.sub(r"^\S{1,200}", "", text[-_LONGEST_TEXT // 2 :])
+    left_out = len(text) - len(head) - len(tail)
+    return f"{head}... ({left_out} of {len(text)} characters left out) ...{tail}"
+
+
+def _portable(error: BaseException | None) -> tuple[bytes | None, str, str] | None:
+    """Turn an exception into its bytes, if they travel, its text and its formatted traceback."""
     if error is None:
         return None
+    data = None
     try:
         data = pickle.dumps(error)
-        pickle.loads(data)  # some exceptions pickle, but cannot be rebuilt from their args
-    except Exception:  # any class can fail here in its own way; the stand-in keeps the text
-        data = pickle.dumps(RemoteCause(describe(error)))
-    formatted = "".join(traceback.format_exception(error))
-    return data, formatted
+        if len(data) > _LONGEST_PICKLE:
+            data = None
+        else:
+            pickle.loads(data)  # some exceptions pickle, but cannot be rebuilt from their args
+    except BaseException:  # any class can fail here in its own way, or exit; the text remains
+        data = None
+    return data, describe(error), formatted(error)
 
 
 def _rebuild_hook_error(
-    fields: dict[str, Any], portable_cause: tuple[bytes, str] | None
+    fields: dict[str, Any], portable_cause: tuple[bytes | None, str, str] | None
 ) -> HookError:
     error = HookError(**fields)
     if portable_cause is not None:
-        data, formatted = portable_cause
-        cause = pickle.loads(data)
-        cause.add_note(f"traceback in the process where it was raised:\n{formatted}")
-        error.__cause__ = cause
+        data, text, traceback_there = portable_cause
+        note = f"traceback in the process where it was raised:\n{traceback_there}"
+        try:
+            assert data is not None
+            cause = pickle.loads(data)
+            cause.add_note(note)
+            error.__cause__ = cause
+        except BaseException:  # its class may be missing in this process, or exit; as above
+            error.__cause__ = RemoteCause(text)
+            error.__cause__.add_note(note)
     return error

@@ -134,9 +134,9 @@ class RayServeLLMCallback:
         Parameters:
             ctx: The context as the failure left it. On another node whose process died, a copy of
                 what it had at its start or sent back.
-            error: What ended the initialization: a ``HookError``, or the ``CancelledError``,
-                ``KeyboardInterrupt`` or ``SystemExit`` that did. On a node that was stopped
-                because of another's failure, a ``HookError`` that says so.
+            error: What ended the initialization: a ``HookError``, or the ``CancelledError`` of
+                a cancellation. On a node that was stopped because of another's failure, a
+                ``HookError`` that says so.
 
         Returns:
             ``None``: all callbacks run. Anything else is an error.

@@ -17,6 +17,7 @@ class Change:
 
     Attributes:
         path: The field, as ``"field"``, or the key of a dict field, as ``"field.key.key"``.
+            A dict or list that is too large to be compared is one value.
         before: The value before the call, formatted; `ABSENT` for a new key.
         after: The value after it, formatted; `ABSENT` for a deleted key.
     """
@@ -44,7 +45,7 @@ class TraceEntry:
         duration_s: How long it took; None while it runs.
         outcome: ``"running"``, ``"returned"``, ``"handled"``, ``"failed"``, ``"warned"`` (failed
             with ``on_error: warn``), ``"timed out"`` or ``"interrupted"`` (ended by a
-            ``KeyboardInterrupt``, ``SystemExit`` or cancellation).
+            cancellation, or with its process).
         changes: What it changed, from what to what.
         reason: What a ``Handled`` gave as its reason, secrets masked.
         background: Name of the function it had given to ``ctx.run_in_background``, if the call

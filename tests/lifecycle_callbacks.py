@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 from rayserve_hooks import CallbackCtx, Handled, hookimpl
@@ -124,7 +125,8 @@ class Lock:
 
 class PathPerNode:
     def on_before_download(self, ctx: CallbackCtx) -> str:
-        return f"/models/{'local' if ctx.node.is_local else 'other'}"
+        here = Path(__file__).parent
+        return str(here if ctx.node.is_local else here.parent)
 
 
 class SeedPerNode:
@@ -172,8 +174,11 @@ class Block:
 
 
 class TakeOver:
+    def __init__(self, path: str = "models/taken-over") -> None:
+        self.path = path
+
     def on_before_init(self, ctx: CallbackCtx) -> Handled:
-        return Handled(model_path="/models/taken-over", reason="it is baked into the image")
+        return Handled(model_path=self.path, reason="it is baked into the image")
 
 
 class BlockFor:
@@ -201,9 +206,10 @@ class Wraps:
 class BringModel:
     """Take over on each node: the model is there, and later callbacks do not run."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, other_path: str = "") -> None:
         self.path = path
+        self.other_path = other_path
 
     async def on_before_download(self, ctx: CallbackCtx) -> str:
         await asyncio.sleep(0)
-        return self.path
+        return self.path if ctx.node.is_local else self.other_path or self.path

@@ -1,5 +1,6 @@
 """Small callbacks and the calls of a stack, for the unit tests."""
 
+import asyncio
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -11,6 +12,14 @@ from rayserve_hooks.errors import HookError
 from rayserve_hooks.hookspecs import hookimpl
 
 Wrapping = Generator[None, Any, Any]
+
+
+class PanicException(BaseException):
+    """No Exception, and none of Python's own."""
+
+
+EXITS = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, PanicException]
+ON_EXIT = "; return, or raise an Exception, for which on_error counts"
 
 
 def step(

@@ -1,6 +1,7 @@
 import pickle
 import re
 import threading
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,27 @@ class LockedError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.lock = threading.Lock()
+
+
+def exits() -> None:
+    raise SystemExit(3)
+
+
+class ExitsError(Exception):
+    """Ends the process that rebuilds it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return exits, ()
+
+
+class ExitsOnTheWayError(Exception):
+    def __reduce__(self) -> tuple[object, ...]:
+        raise KeyboardInterrupt
+
+
+class NoErrorAnyMoreError(Exception):
+    def __reduce__(self) -> tuple[object, ...]:
+        return str, ("no exception",)
 
 
 class TwoArgumentsError(Exception):
@@ -179,6 +201,9 @@ def test_pickling_leaves_the_original_cause_alone() -> None:
     [
         (LockedError("held"), "test_errors.LockedError: held"),
         (TwoArgumentsError(7, "refused"), "test_errors.TwoArgumentsError: refused (7)"),
+        (ExitsError("out"), "test_errors.ExitsError: out"),
+        (ExitsOnTheWayError("out"), "test_errors.ExitsOnTheWayError: out"),
+        (NoErrorAnyMoreError("gone"), "test_errors.NoErrorAnyMoreError: gone"),
     ],
 )
 def test_a_cause_that_cannot_travel_becomes_a_stand_in(original: Exception, text: str) -> None:
@@ -195,6 +220,56 @@ def test_a_local_class_of_cause_becomes_a_stand_in() -> None:
     cause = sent(raised_from(LocalError("here only"))).__cause__
     assert type(cause) is RemoteCause
     assert str(cause).endswith("LocalError: here only")
+
+
+BREAKS_HERE = {"rebuilt": 0}
+
+
+class RebuiltOnceError(Exception):
+    """Can be rebuilt where it is sent, and nowhere else, as where a library is missing."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuilt_once, (self.args,)
+
+
+def rebuilt_once(args: tuple[object, ...]) -> RebuiltOnceError:
+    BREAKS_HERE["rebuilt"] += 1
+    if BREAKS_HERE["rebuilt"] > 1:
+        raise BREAKS_HERE["raises"]  # type: ignore[misc]
+    return RebuiltOnceError(*args)
+
+
+@pytest.mark.parametrize("raises", [ModuleNotFoundError("no module"), SystemExit(1)])
+def test_a_cause_that_cannot_be_rebuilt_elsewhere_keeps_all_names(raises: Any) -> None:
+    BREAKS_HERE.update(rebuilt=0, raises=raises)
+    error = raised_from(RebuiltOnceError("no such bucket"))
+    copy = sent(error)
+    assert BREAKS_HERE["rebuilt"] == 2
+    assert str(copy) == str(error)
+    assert copy.callback == "Fetch"
+    assert type(copy.__cause__) is RemoteCause
+    assert str(copy.__cause__) == "test_errors.RebuiltOnceError: no such bucket"
+    assert "in fetch_the_weights" in copy.__cause__.__notes__[0]
+
+
+@pytest.mark.parametrize("kind", ["text", "payload"])
+def test_a_huge_cause_is_cut_with_a_note(kind: str) -> None:
+    cause = ValueError("boom " + "x" * 50_000_000) if kind == "text" else ValueError("boom")
+    cause.payload = bytes(50_000_000) if kind == "payload" else b""  # type: ignore[attr-defined]
+    data = pickle.dumps(raised_from(cause))
+    assert len(data) < 200_000
+    copy = pickle.loads(data)
+    assert type(copy.__cause__) is RemoteCause
+    assert str(copy.__cause__).startswith("ValueError: boom")
+    if kind == "text":
+        assert re.search(r"\d+ of 50000017 characters left out", str(copy.__cause__))
+
+
+def test_a_long_text_is_cut_between_words() -> None:
+    words = " ".join(f"word{number:06}" for number in range(10_000))
+    text = describe(ValueError(words))
+    assert len(text) < 20_100
+    assert set(re.findall(r"word\S*", text)) < set(words.split())
 
 
 def test_describe_reads_like_the_last_line_of_a_traceback() -> None:

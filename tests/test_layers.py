@@ -305,6 +305,46 @@ def _private_rule(name: str, module: Module) -> str:
     return ""
 
 
+# What Ray has brought from a process of the same job. Never a file, which another may have written.
+UNPICKLES = ("errors", "core.instances", "cluster.travel")
+SHARED_FOLDERS = ("download.node_lock",)  # it checks owner and mode, and believes nothing in it
+UNPICKLERS = re.compile(r"(pickle|cloudpickle|dill|_pickle)\.(loads|Unpickler)")
+RUNNERS = re.compile(
+    r"(pickle|cloudpickle|dill|_pickle|marshal|joblib|torch|numpy|np)\.load|marshal\.loads"
+    r"|shelve\.open|exec|eval|compile|runpy\.\w+|yaml\.(load|unsafe_load|full_load)\w*|imp\.\w+"
+    r"|importlib\.util\.spec_from_file_location|importlib\.machinery\.\w+|execfile"
+    r"|os\.(system|popen|exec\w+|spawn\w+)|subprocess\.\w+"
+)
+FOLDERS = re.compile(r"/(tmp|var/tmp|dev/shm)(/.*)?")
+
+
+def trust_problems(module: Module) -> list[str]:
+    """Return where a module could take something from a file that another user has written."""
+    problems = []
+    for node in ast.walk(module.tree):
+        rule = _trust_rule(node, module)
+        if rule:
+            problems.append(f"{module.path}:{node.lineno}: {rule}")  # type: ignore[attr-defined]
+    folders = (found for found in imports_of(module) if below(found.name, "tempfile"))
+    if module.name not in SHARED_FOLDERS:
+        problems.extend(f"{module.path}:{found.line}: {_NO_SHARED_FOLDER}" for found in folders)
+    return problems
+
+
+_NO_SHARED_FOLDER = "folders that others can write are used in download/node_lock.py only"
+
+
+def _trust_rule(node: ast.AST, module: Module) -> str:
+    name = _dotted(node)
+    if name and UNPICKLERS.fullmatch(name) and module.name not in UNPICKLES:
+        return f"uses {name}; bytes are unpickled where Ray has brought them only"
+    if name and RUNNERS.fullmatch(name):
+        return f"uses {name}; nothing in a file is unpickled or executed"
+    text = node.value if isinstance(node, ast.Constant) else None
+    shared = isinstance(text, str) and FOLDERS.fullmatch(text)
+    return _NO_SHARED_FOLDER if shared and module.name not in SHARED_FOLDERS else ""
+
+
 def package_modules() -> dict[str, Module]:
     folder = ROOT / PACKAGE
     modules = {}
@@ -348,6 +388,39 @@ def test_no_modules_import_each_other() -> None:
 def test_private_parts_are_used_where_they_belong(room: str) -> None:
     modules = (module for module in package_modules().values() if module.room == room)
     report(problem for module in modules for problem in private_problems(module))
+
+
+def test_nothing_that_another_user_could_have_written_is_run() -> None:
+    report(problem for module in package_modules().values() for problem in trust_problems(module))
+
+
+@pytest.mark.parametrize("name", [*UNPICKLES, *SHARED_FOLDERS])
+def test_a_module_that_may_is_one_that_does(name: str) -> None:
+    found = package_modules()[name]
+    assert trust_problems(Module("cluster.other", found.path, found.source)), (
+        f"{name} does nothing of the kind any more; drop it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [
+        ("import pickle\npickle.load(file)", "uses pickle.load; nothing in a file is unpickled"),
+        ("import pickle\npickle.loads(data)", "uses pickle.loads; bytes are unpickled where Ray"),
+        ("import pickle\nf(pickle.loads)", "uses pickle.loads; bytes are unpickled where Ray"),
+        ("import tempfile", "folders that others can write are used in download/node_lock.py only"),
+        ("from tempfile import gettempdir", "folders that others can write"),
+        ("Path('/tmp/mailbox')", "folders that others can write"),
+        ("exec(path.read_text())", "uses exec; nothing in a file"),
+        ("import yaml\nyaml.load(text)", "uses yaml.load; nothing in a file"),
+        ("import torch\ntorch.load(path)", "uses torch.load; nothing in a file"),
+        ("subprocess.run(x)", "uses subprocess.run; nothing in a file"),
+    ],
+)
+def test_what_could_run_another_users_file_is_reported(source: str, rule: str) -> None:
+    broken = module("cluster.node", source)
+    (problem,) = trust_problems(broken)
+    assert problem.startswith(f"{broken.path}:{source.count(chr(10)) + 1}: {rule}")
 
 
 def test_the_tests_of_core_need_neither_cluster_nor_ray() -> None:

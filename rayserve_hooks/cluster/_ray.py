@@ -7,7 +7,10 @@ function imports what it needs. Everything here was read in Ray 2.60.
 from __future__ import annotations
 
 import copy
+import json
+import re
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
@@ -181,3 +184,45 @@ def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
         return [own]
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     return [NodeInfo(node, addresses.get(node, "?"), is_local=node == own.id) for node in ids]
+
+
+def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
+    """Return the cluster's nodes, each with all the resources it has, used or not."""
+    import ray
+
+    own = own_node()
+    return [
+        (
+            NodeInfo(node["NodeID"], node["NodeManagerAddress"], node["NodeID"] == own.id),
+            node["Resources"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def autoscaler_runs() -> bool | None:
+    """Return whether an autoscaler may add nodes; None where none has reported yet.
+
+    Ray's monitor reports in a cluster that nothing scales, too, as a provider that only reads:
+    the type of each node is then named after the node itself.
+    """
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2():
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        nodes = (*status.active_nodes, *status.idle_nodes)
+        launched = (*status.pending_nodes, *status.pending_launches)
+        return bool(launched) or _scaled(node.ray_node_type_name for node in nodes)
+    report = json.loads(_internal_kv_get("__autoscaling_status") or "{}").get("autoscaler_report")
+    if not report:
+        return None
+    return _scaled([*report["active_nodes"], *report["pending_launches"]])
+
+
+def _scaled(node_types: Iterable[str]) -> bool:
+    """Return whether any node type is one that an autoscaler was given."""
+    return any(re.fullmatch("node_[0-9a-f]+", node_type) is None for node_type in node_types)

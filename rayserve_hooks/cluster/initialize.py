@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, TypeVar
 
 from rayserve_hooks.cluster import _ray, engine_arguments
-from rayserve_hooks.cluster.node import initialize_this_node
+from rayserve_hooks.cluster.node import check_brought, initialize_this_node
 from rayserve_hooks.cluster.remote_node import RemoteNode
 from rayserve_hooks.cluster.stacks import stack_of
 from rayserve_hooks.cluster.supervision import Initialization
@@ -71,7 +71,10 @@ async def initialize(
 
 
 async def _make_nodes_ready(this: Initialization) -> None:
-    this.recorder.take_over(await this.call("on_before_init"))
+    handled = await this.call("on_before_init")
+    this.recorder.take_over(handled)
+    if handled is not None:
+        await check_brought(handled, "on_before_init", this.ctx)
     this.environment.export(this.phase)
     this.enter(Phase.PLACEMENT)
     group = await this.placement.ready()

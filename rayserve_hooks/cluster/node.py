@@ -5,17 +5,22 @@ A node's process imports this module, so nothing here may import torch, vLLM or 
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Callable
 
 from rayserve_hooks.cluster.travel import ModelSource
-from rayserve_hooks.context import CallbackCtx, NodeResult
+from rayserve_hooks.context import CallbackCtx, Handled, NodeResult
 from rayserve_hooks.core import threads
-from rayserve_hooks.core.failures import step_error
+from rayserve_hooks.core.failures import entry_error, step_error
+from rayserve_hooks.core.hooks import PHASES
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.core.running import call_hook, time_limit
 from rayserve_hooks.errors import Phase, describe
+
+_ENGINES_OWN = re.compile(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?$|\w[\w+.-]+://(?<!file://)")
 
 
 async def initialize_this_node(
@@ -30,12 +35,34 @@ async def initialize_this_node(
     handled = await call_hook(manager, "on_before_download", ctx)
     hook_s = time.perf_counter() - started
     if handled is not None:
+        await check_brought(handled, "on_before_download", ctx)
         path = None if handled.model_path is None else str(handled.model_path)
         return NodeResult(ctx.node, path, {}, handled, hook_s, 0.0)
     on_phase(Phase.DOWNLOAD)
     started = time.perf_counter()
     path = await _download(ctx, source, manager.stack.time_limits.download)
     return NodeResult(ctx.node, path, {}, None, hook_s, time.perf_counter() - started)
+
+
+async def check_brought(handled: Handled, hook: str, ctx: CallbackCtx) -> None:
+    """Raise if a callback says that the model is in a folder that this node does not have.
+
+    What the engine can load by itself, a model's id or a URI, is left to it.
+    """
+    path = handled.model_path
+    if path is None or _ENGINES_OWN.match(str(path)):
+        return
+    if await threads.run_in_thread(os.path.exists, path):
+        return
+    said = (e for e in reversed(ctx.trace) if (e.hook, e.outcome) == (hook, "handled"))
+    entry = next(said, None)  # None if a wrapper has said it
+    if entry is not None:
+        entry.outcome = "failed"
+    detail = (
+        f"Handled(model_path={str(path)!r}) names nothing that is there on this node; put the "
+        "model there first, or return None to have it downloaded"
+    )
+    raise entry_error(entry, ctx.node, PHASES[hook], detail)
 
 
 async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) -> str | None:

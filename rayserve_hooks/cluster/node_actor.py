@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
 
 from rayserve_hooks.cluster import travel
 from rayserve_hooks.cluster.node import initialize_this_node
@@ -15,26 +13,11 @@ from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.running import clean_up, with_background
-from rayserve_hooks.errors import Phase
+from rayserve_hooks.errors import HookError, Phase, describe
 from rayserve_hooks.trace import TraceEntry
-
-P = ParamSpec("P")
-T = TypeVar("T")
-_Method = Callable[P, Coroutine[Any, Any, T]]
 
 _RECEIPT_S = 0.5
 _GIVE_UP_S = 2.0
-
-
-def _on_process_loop(method: _Method[P, T]) -> _Method[P, T]:
-    """Run a method on this package's loop, so that a callback that blocks it delays no status."""
-
-    @functools.wraps(method)
-    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        running = asyncio.run_coroutine_threadsafe(method(*args, **kwargs), threads.process_loop())
-        return await asyncio.wrap_future(running)
-
-    return run
 
 
 class NodeActor:
@@ -51,25 +34,33 @@ class NodeActor:
         self._error: BaseException | None = None
         self._reports = _Reports()
 
-    @_on_process_loop
     async def initialize(self) -> travel.NodeReply:
         """Run the node's stage; when it fails nothing is cleaned up yet."""
         self._stage = asyncio.create_task(self._run())
         try:
             return await self._stage
-        except BaseException as error:
+        except asyncio.CancelledError as error:
             self._error = self._error or error
             raise
+        except Exception as error:
+            # Ours, since Ray has its own ways with one that cannot be rebuilt in the replica.
+            ours = error if isinstance(error, HookError) else self._step_error(describe(error))
+            self._error = self._error or ours
+            raise ours from (error.__cause__ if ours is error else error)
         finally:
             self._reports.close()
 
     async def _run(self) -> travel.NodeReply:
         request = self._request
-        ctx = self._ctx = travel.context_of(request, self._attempt, self._on_call)
+        # In a thread, as all that runs code of callbacks: here it could block or end this loop.
+        ctx = await threads.run_in_thread(travel.context_of, request, self._attempt, self._on_call)
+        self._ctx = ctx
         manager = await threads.run_in_thread(manager_of, request.stack)
         stage = initialize_this_node(manager, ctx, request.source, self._on_phase)
         result = await with_background(manager, ctx, stage)
-        custom_data = travel.pack_custom_data(ctx, request.custom_data_setters)
+        custom_data = await threads.run_in_thread(
+            travel.pack_custom_data, ctx, request.custom_data_setters
+        )
         return travel.NodeReply(result, custom_data, ctx.extra_init_kwargs, list(ctx.trace))
 
     async def status(self, seen: int) -> travel.NodeStatus:
@@ -77,27 +68,42 @@ class NodeActor:
         number = await threads.run_in_thread(self._reports.after, seen)
         return travel.NodeStatus(number, self._phase, list(self._ctx.trace) if self._ctx else [])
 
-    @_on_process_loop
-    async def stop(self) -> None:
-        """Cancel the node's stage if it still runs. Returns soon, unless the process hangs."""
+    async def stop(self) -> bool:
+        """Cancel the node's stage if it still runs, and return whether it had begun.
+
+        Returns soon, unless the process hangs.
+        """
         if self._stage is None or self._stage.done():
-            return
+            return self._phase is not None
         self._stage.cancel()
         await asyncio.wait([self._stage], timeout=_GIVE_UP_S)
         detail = "stopped, because the initialization has failed elsewhere or was cancelled"
-        phase = self._phase or Phase.BEFORE_DOWNLOAD
-        self._error = entry_error(None, self._request.node, phase, detail)
+        self._error = self._step_error(detail)
+        return self._phase is not None
 
-    @_on_process_loop
-    async def clean_up(self, error: BaseException, started: Sequence[str]) -> travel.CleanUp:
+    async def clean_up(
+        self, error: BaseException, started: Sequence[str], *, followed: bool = False
+    ) -> travel.CleanUp:
         """Run ``on_init_failed``, with ``error`` unless the initialization has failed here.
 
-        ``started`` names the callbacks that had started in another process of this node.
+        ``started`` names the callbacks that had started in another process of this node;
+        ``followed`` is whether somebody asks for the status meanwhile.
         """
-        ctx = self._ctx or travel.context_of(self._request, self._attempt)
-        manager = await threads.run_in_thread(manager_of, self._request.stack)
-        failures = await clean_up(manager, ctx, self._error or error, started)
-        return travel.CleanUp(failures, list(ctx.trace))
+        self._reports = _Reports(awaited=followed)
+        try:
+            if self._ctx is None:
+                self._ctx = await threads.run_in_thread(
+                    travel.context_of, self._request, self._attempt, self._on_call
+                )
+            manager = await threads.run_in_thread(manager_of, self._request.stack)
+            failures = await clean_up(manager, self._ctx, self._error or error, started)
+            return travel.CleanUp(failures, list(self._ctx.trace))
+        finally:
+            self._reports.close()
+
+    def _step_error(self, detail: str) -> HookError:
+        phase = self._phase or Phase.BEFORE_DOWNLOAD
+        return entry_error(None, self._request.node, phase, detail)
 
     def _on_call(self, _: TraceEntry) -> None:
         self._reports.add()
@@ -109,9 +115,13 @@ class NodeActor:
 
 
 class _Reports:
-    """Counts what there is to report, and knows what has been received."""
+    """Counts what there is to report, and knows what has been received.
 
-    def __init__(self) -> None:
+    ``awaited`` is whether somebody is going to ask.
+    """
+
+    def __init__(self, *, awaited: bool = True) -> None:
+        self._awaited = awaited
         self._changed = threading.Condition()
         self._added = self._received = 0
         self._closed = False
@@ -138,4 +148,5 @@ class _Reports:
         """Wait, for a while, until everything so far has been received."""
         with self._changed:
             number = self._added
-            self._changed.wait_for(lambda: self._received >= number or self._closed, _RECEIPT_S)
+            if self._awaited:
+                self._changed.wait_for(lambda: self._received >= number or self._closed, _RECEIPT_S)

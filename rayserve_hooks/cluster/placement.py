@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rayserve_hooks.cluster import _ray
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 _LOG_EVERY_S = 5.0
+_AUTOSCALER_STARTS_S = 30.0  # on Kubernetes it is another container, and may come up later
 
 
 class Placement:
@@ -36,6 +40,7 @@ class Placement:
             if _ray.current_placement_group() is None:
                 self._created = group
             recorder_of(ctx).adopt(placement_group=group)
+        started = time.monotonic()
         try:
             while not await threads.run_in_thread(group.wait, _LOG_EVERY_S):
                 logger.info(
@@ -43,8 +48,10 @@ class Placement:
                     group.id.hex(),
                     group.bundle_specs,
                 )
+                patient = time.monotonic() - started < _AUTOSCALER_STARTS_S
+                await threads.run_in_thread(_refuse_impossible, group, patient)
         except Exception as error:
-            detail = describe(error)
+            detail = str(error) if isinstance(error, _ImpossibleError) else describe(error)
             raise step_error(ctx, Phase.PLACEMENT, detail, "placement_group") from error
         return group
 
@@ -80,3 +87,64 @@ class Placement:
             setter.callback if setter else None,
             self._given.bundle_specs,
         )
+
+
+class _ImpossibleError(Exception):
+    """A placement group that the cluster can never hold."""
+
+
+def _refuse_impossible(group: PlacementGroup, patient: bool) -> None:
+    """Raise if the cluster can never hold the group, and nothing adds nodes to it.
+
+    ``patient`` is whether an autoscaler that has not reported may still start.
+    """
+    from ray.util.placement_group import placement_group_table
+
+    strategy = placement_group_table(group)["strategy"]
+    nodes = _ray.live_nodes()
+    problem = _too_much(group.bundle_specs, strategy, [resources for _, resources in nodes])
+    if not problem:
+        return
+    have = "; ".join(f"node {node} has {_shown(resources)}" for node, resources in nodes)
+    scaled = _ray.autoscaler_runs()
+    if scaled or (scaled is None and patient):
+        logger.warning("%s: %s; waiting for an autoscaler to add nodes", problem, have)
+        return
+    raise _ImpossibleError(
+        f"{problem}, and no autoscaler runs that would add one: {have}; ask for less in "
+        "placement_group_config, or where the group is made, or add nodes"
+    )
+
+
+def _too_much(
+    bundles: Sequence[Mapping[str, float]], strategy: str, nodes: Sequence[Mapping[str, float]]
+) -> str:
+    """Return what the nodes can never hold, whatever else runs on them; nothing if they can."""
+    together = dict(sum((Counter(bundle) for bundle in bundles), Counter()))
+    if strategy == "STRICT_PACK" and len(bundles) > 1 and not _fits(together, nodes):
+        return f"no node can hold all bundles of a STRICT_PACK group, together {together}"
+    for bundle in bundles:
+        if not _fits(bundle, nodes):
+            return f"no node can hold bundle {dict(bundle)}"
+    if strategy == "STRICT_SPREAD" and len(bundles) > len(nodes):
+        return (
+            f"no {len(bundles)} nodes are there for the bundles of a STRICT_SPREAD group, "
+            f"{list(map(dict, bundles))}"
+        )
+    if not _fits(together, [sum((Counter(node) for node in nodes), Counter())]):
+        return f"no nodes can hold all bundles, together {together}"
+    return ""
+
+
+def _fits(wanted: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> bool:
+    return any(all(node.get(name, 0) >= wanted[name] for name in wanted) for node in nodes)
+
+
+def _shown(resources: Mapping[str, float]) -> dict[str, float]:
+    """Return what people give out of a node's resources, not what Ray adds for itself."""
+    own = ("node:", "object_store_memory")
+    return {
+        name: resources[name]
+        for name in sorted(resources)
+        if not name.startswith(own) and "_group_" not in name
+    }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+from collections import Counter
+from collections.abc import Awaitable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rayserve_hooks.cluster.node_actor import NodeActor
-from rayserve_hooks.cluster.travel import CleanUp, NodeReply, NodeRequest
+from rayserve_hooks.cluster.travel import CleanUp, NodeReply, NodeRequest, NodeStatus
 from rayserve_hooks.context import NodeInfo, NodeResult
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.hooks import CLEAN_UP
@@ -18,7 +20,10 @@ from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.errors import HookError, Phase, describe
 from rayserve_hooks.trace import TraceEntry
 
+T = TypeVar("T")
+
 _ATTEMPTS = 2  # of a process that is killed, for example for want of memory
+_CLEAN_UPS = 3  # processes that try: the node's own, one if that has crashed, one for the rest
 _STOP_S = 10.0
 _START_S = 60.0  # on top of the hook's own limit: a new worker process has to start
 
@@ -37,6 +42,7 @@ class RemoteNode:
         self._runtime_env = copy.deepcopy(runtime_env)
         self._earlier: list[TraceEntry] = []  # of processes that were killed
         self._calls: list[TraceEntry] = []
+        self._cleaned: set[str] = set()  # callbacks that have had their clean-up
         self._actor: Any = None
         self._initializing = asyncio.ensure_future(self._initialize())
 
@@ -70,7 +76,9 @@ class RemoteNode:
         for attempt in range(1, _ATTEMPTS + 1):
             self._actor = self._start(self._request, attempt)
             try:
-                self.reply = await self._follow(self._actor)
+                name = f"rayserve_hooks:{self._request.stack.deployment}:{self.node.address}"
+                initializing = self._actor.initialize.options(name=name).remote()
+                reply: NodeReply = await self._follow(self._actor, initializing)
             except RayTaskError as error:
                 if isinstance(error.cause, HookError):
                     raise error.cause from error.cause.__cause__
@@ -79,8 +87,8 @@ class RemoteNode:
                 self._actor, problem = None, error
                 self._earlier, self._calls = self.trace, []
             else:
-                self._calls = self.reply.trace
-                return self.reply
+                self.reply, self._calls = reply, reply.trace
+                return reply
         assert problem is not None
         detail = f"its process was killed or the node died: {describe(problem)}"
         raise self._failed(detail) from problem
@@ -95,10 +103,10 @@ class RemoteNode:
         actor = actor.options(num_cpus=0, scheduling_strategy=here, runtime_env=self._runtime_env)
         return actor.remote(request, attempt)
 
-    async def _follow(self, actor: Any) -> NodeReply:
-        """Wait for the reply, and keep what is heard meanwhile."""
-        name = f"rayserve_hooks:{self._request.stack.deployment}:{self.node.address}"
-        reply = status = asyncio.ensure_future(actor.initialize.options(name=name).remote())
+    async def _follow(self, actor: Any, call: Awaitable[T]) -> T:
+        """Wait for the actor's reply to a call, and keep what is heard meanwhile."""
+        reply: asyncio.Future[T] = asyncio.ensure_future(call)
+        status: asyncio.Future[NodeStatus] | None = None
         seen = 0
         try:
             while not reply.done():
@@ -107,11 +115,13 @@ class RemoteNode:
                 if not status.done() or status.exception() is not None:
                     break  # the reply is there, or will say why
                 heard = status.result()
-                seen, self.phase, self._calls = heard.number, heard.phase, heard.trace
-            return await reply  # type: ignore[no-any-return]
+                seen, self._calls = heard.number, heard.trace
+                self.phase = heard.phase or self.phase
+            return await reply
         finally:
             reply.cancel()
-            status.cancel()
+            if status is not None:
+                status.cancel()
 
     def _failed(self, detail: str) -> HookError:
         # Without a running call the one that was cut off when an earlier process was killed.
@@ -123,54 +133,91 @@ class RemoteNode:
 
         ``error`` is what ended the initialization; what fails in the clean-up is returned.
         """
-        from ray.exceptions import RayError, RayTaskError
+        from ray.exceptions import RayTaskError
 
         self._initializing.cancel()
         await asyncio.wait([self._initializing])
         if not self._initializing.cancelled():
             self._initializing.exception()  # has been reported, or follows from what was
+        failures: list[HookError] = []
         try:
-            began = self.phase is not None or self.reply is not None
-            return await self._cleaned_up(error) if began else []
-        except (RayError, TimeoutError) as problem:
+            began = await self._stopped()
+            if began or self.phase is not None or self.reply is not None:
+                await self._clean_up_all(error, failures)
+        except Exception as problem:  # whatever it is, the other nodes are cleaned up
             cause = problem.cause if isinstance(problem, RayTaskError) else problem
-            detail = f"on_init_failed did not run: {describe(cause)}"
-            failure = entry_error(None, self.node, Phase.CLEAN_UP, detail)
-            logger.error("%s", failure)
-            return [failure]
+            cut_off = _innermost(self.trace, "interrupted", CLEAN_UP)
+            happened = "did not end" if cut_off else "did not run"
+            detail = f"on_init_failed {happened}: {describe(cause)}"
+            failures.append(entry_error(cut_off, self.node, Phase.CLEAN_UP, detail))
+            logger.error("%s", failures[-1])
         finally:
             self._kill()
+        return failures
 
-    async def _cleaned_up(self, error: BaseException) -> list[HookError]:
-        """Clean up in the node's own process or, where that is gone or hangs, in a new one."""
-        if not await self._stopped():
-            if not manager_of(self._request.stack).run_order()[CLEAN_UP]:
-                return []
-            request = self._request
-            if self.reply is not None:
-                request = replace(request, custom_data=self.reply.custom_data)
-            self._earlier, self._calls = self.trace, []
-            self._actor = self._start(request, _ATTEMPTS)
-        started = sorted({call.callback for call in self._earlier})
-        answer = self._actor.clean_up.remote(error, started)
-        limit = self._request.stack.time_limits.on_init_failed
-        outcome: CleanUp = await asyncio.wait_for(answer, limit and limit + _START_S)
-        self._calls = outcome.trace
-        return outcome.failures
+    async def _clean_up_all(self, error: BaseException, failures: list[HookError]) -> None:
+        """Clean up in the node's own process; where that is gone, or goes, in a new one."""
+        from ray.exceptions import RayError, RayTaskError
+
+        for processes_left in reversed(range(_CLEAN_UPS)):
+            if self._actor is None:
+                request = self._request_to_clean_up(failures)
+                if not manager_of(request.stack).run_order()[CLEAN_UP]:
+                    return  # none that is left has anything to clean up
+                self._actor = self._start(request, _ATTEMPTS)
+            started = sorted({call.callback for call in self._earlier})
+            answer = self._actor.clean_up.remote(error, started, followed=True)
+            cleaning = self._follow(self._actor, answer)
+            limit = self._request.stack.time_limits.on_init_failed
+            try:
+                outcome: CleanUp = await asyncio.wait_for(cleaning, limit and limit + _START_S)
+            except RayError as problem:
+                if isinstance(problem, RayTaskError) or not processes_left:
+                    raise
+                # Of a crash at the same time, or in on_init_failed.
+                self._actor = None
+            else:
+                self._calls = outcome.trace
+                failures.extend(outcome.failures)
+                return
+
+    def _request_to_clean_up(self, failures: list[HookError]) -> NodeRequest:
+        """Return the request for a new process: without the callbacks that have cleaned up.
+
+        One that was cut off has another try. What is known of those that failed in a process that
+        is gone is added to ``failures``.
+        """
+        self._earlier, self._calls = self.trace, []
+        request, done = self._request, self._cleaned
+        calls = [call for call in self._earlier if call.hook == CLEAN_UP]
+        cut_off = Counter(call.callback for call in calls if call.outcome == "interrupted")
+        for call in calls:
+            if call.callback in done or (cut_off[call.callback] == 1 and call is calls[-1]):
+                continue
+            done.add(call.callback)
+            if call.outcome != "returned":
+                detail = "its process was killed or the node died; see the log of that process"
+                failures.append(entry_error(call, self.node, Phase.CLEAN_UP, detail))
+        stack = request.stack
+        entries = tuple(entry for entry in stack.entries if entry.name not in done)
+        request = replace(request, stack=replace(stack, entries=entries))
+        if self.reply is not None:
+            request = replace(request, custom_data=self.reply.custom_data)
+        return request
 
     async def _stopped(self) -> bool:
-        """Stop what the node's process does, and return whether it is there and answers."""
+        """Stop what the node's process does, and return whether it says that it had begun."""
         from ray.exceptions import RayError
 
         if self._actor is not None:
             try:
-                await asyncio.wait_for(self._actor.stop.remote(), _STOP_S)
+                return bool(await asyncio.wait_for(self._actor.stop.remote(), _STOP_S))
             except RayError:
                 self._actor = None
             except TimeoutError:
                 logger.warning("killing the process on node %s, which does not stop", self.node)
                 self._kill()
-        return self._actor is not None
+        return False
 
     def end(self) -> None:
         """Let the node's process end, once the initialization has; nothing runs in it any more."""
@@ -185,6 +232,10 @@ class RemoteNode:
             self._actor = None
 
 
-def _innermost(calls: list[TraceEntry], outcome: str) -> TraceEntry | None:
-    found = (call for call in reversed(calls) if call.outcome == outcome and not call.background)
+def _innermost(calls: list[TraceEntry], outcome: str, hook: str | None = None) -> TraceEntry | None:
+    found = (
+        call
+        for call in reversed(calls)
+        if call.outcome == outcome and not call.background and hook in (None, call.hook)
+    )
     return next(found, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import os
@@ -32,7 +33,7 @@ def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]
         ctx: CallbackCtx = args[0]
         recorder = recorder_of(ctx)
         entry, outer = recorder.begin(callback, hook)
-        outcome = "interrupted"  # stands when what is raised is no Exception
+        outcome = "interrupted"  # stands when the call was given up
         try:
             returned = function(*[args[index] for index in taken])
             result = None if returned is None else _checked(returned, hook)
@@ -42,8 +43,10 @@ def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]
                 outcome = "handled"
                 entry.reason = redact(result.reason, recorder.values)
             return result
-        except Exception as error:
-            outcome = "warned" if blame.warns else "failed"
+        except BaseException as error:  # a SystemExit would end, or hang, what waits for the hook
+            if _is_given_up(error):
+                raise
+            outcome = blame.outcome_of(error)
             return settle(error, ctx, blame)
         finally:
             recorder.end(entry, outer, outcome)
@@ -82,11 +85,13 @@ def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., An
                 outcome = "returned"
                 # Of a clean-up, what failed inside is the result, whatever a wrapper returns.
                 return (inner or []) if hook == CLEAN_UP else result
-            except Exception as error:
+            except BaseException as error:  # as above
+                if _is_given_up(error):
+                    raise
                 if error is inner_error:
                     outcome = "returned"
                     raise
-                outcome = "warned" if blame.warns else "failed"
+                outcome = blame.outcome_of(error)
                 failure = settle(error, ctx, blame)
             # A failure that is not raised: go on as if the wrapper were not there.
             if not yielded:
@@ -98,6 +103,11 @@ def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., An
             recorder.end(entry, outer, outcome)
 
     return call
+
+
+def _is_given_up(error: BaseException) -> bool:
+    """Return whether an error is our cancellation of a call, and not one of the callback's own."""
+    return isinstance(error, asyncio.CancelledError) and threads.given_up()
 
 
 def _with_parameters_of(hook: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -12,10 +12,19 @@ from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import DownloadError, HookError, Phase, RemoteCause, describe
+from rayserve_hooks.errors import (
+    DownloadError,
+    HookError,
+    Phase,
+    RemoteCause,
+    describe,
+    formatted,
+    shortened,
+)
 from rayserve_hooks.trace import TraceEntry
 
-_ADVICE = "fix the callback, or set 'on_error: warn' on it to go on without it"
+_FIX = "fix the callback, or set 'on_error: warn' on it to go on without it"
+_RAISE_ANOTHER = "return, or raise an Exception, for which on_error counts"
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,16 @@ class Blame:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     what: str = ""
 
+    def goes_on_after(self, error: BaseException) -> bool:
+        """Return whether the next callback runs: ``on_error: warn`` counts for an `Exception`."""
+        return self.warns and isinstance(error, Exception)
 
-def settle(error: Exception, ctx: CallbackCtx, blame: Blame) -> HookError | None:
+    def outcome_of(self, error: BaseException) -> str:
+        """Return what a trace says of a call that raised ``error``."""
+        return "warned" if self.goes_on_after(error) else "failed"
+
+
+def settle(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError | None:
     """Raise what a callback raised as a `HookError`, or log it where the config says so.
 
     A failed clean-up is logged and returned: a list of these is what that hook call returns.
@@ -41,7 +58,7 @@ def settle(error: Exception, ctx: CallbackCtx, blame: Blame) -> HookError | None
     if isinstance(error, HookError) and not (blame.warns or cleaning_up or blame.what):
         raise error  # of a hook called by this callback; it names who failed already
     failure = hook_error(error, ctx, blame)
-    if blame.warns:
+    if blame.goes_on_after(error):
         logger.warning("%s (on_error: warn, going on)", failure, exc_info=failure.__cause__)
         return None
     if cleaning_up:
@@ -59,11 +76,17 @@ def hook_error(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookErro
         node=str(ctx.node),
         phase=PHASES[blame.hook],
         detail=blame.what + redact(describe(error), values),
-        # A download's error says itself what to do, and leaving the callback out is not it.
-        advice="" if isinstance(error, DownloadError) else _ADVICE,
+        advice=_advice(error),
     )
-    failure.__cause__ = _without_secrets(error, values)
+    failure.__cause__ = _presentable(error, values)
     return failure
+
+
+def _advice(error: BaseException) -> str:
+    # A download's error says itself what to do, and leaving the callback out is not it.
+    if isinstance(error, DownloadError):
+        return ""
+    return _FIX if isinstance(error, Exception) else _RAISE_ANOTHER
 
 
 def step_error(ctx: CallbackCtx, phase: Phase, detail: str, path: str | None = None) -> HookError:
@@ -79,12 +102,14 @@ def entry_error(entry: TraceEntry | None, node: NodeInfo, phase: Phase, detail: 
     return HookError(callback=callback, hook=hook, node=str(node), phase=phase, detail=detail)
 
 
-def _without_secrets(error: BaseException, values: Mapping[str, Any]) -> BaseException:
-    """Return the error, or a stand-in if its text, or that of one it came from, has a secret."""
+def _presentable(error: BaseException, values: Mapping[str, Any]) -> BaseException:
+    """Return the error, or a stand-in if its text, or that of one it came from, is not to be shown.
+
+    That is a text with a secret, or one that is too long for a log.
+    """
     texts = "".join(traceback.format_exception(error, limit=0))
-    if redact(texts, values) == texts:
+    if shortened(texts) == texts and redact(texts, values) == texts:
         return error
-    formatted = redact("".join(traceback.format_exception(error)), values)
     stand_in = RemoteCause(redact(describe(error), values))
-    stand_in.add_note(f"traceback, without secrets:\n{formatted}")
+    stand_in.add_note(f"traceback, without secrets:\n{redact(formatted(error), values)}")
     return stand_in

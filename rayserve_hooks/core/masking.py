@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MASK = "***"
 _LONGEST = 80
@@ -50,11 +53,11 @@ def shown(value: object, secret: bool = False, depth: int = 0) -> str:
     elif isinstance(value, Mapping):
         items = (
             f"{shown(key, depth=depth + 1)}: {shown(item, is_secret(key), depth + 1)}"
-            for key, item in value.items()
+            for key, item in _first(value.items())
         )
         text = "{" + ", ".join(items) + "}"
     elif isinstance(value, list | tuple | set | frozenset):
-        text = "[" + ", ".join(shown(item, depth=depth + 1) for item in value) + "]"
+        text = "[" + ", ".join(shown(item, depth=depth + 1) for item in _first(value)) + "]"
     elif isinstance(value, str):
         text = repr(_USER_IN_URL.sub(MASK, value))
     # Of a subclass the repr may be anybody's.
@@ -67,6 +70,11 @@ def shown(value: object, secret: bool = False, depth: int = 0) -> str:
     else:
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _first(items: Iterable[T]) -> Iterable[T]:
+    """Return as many as can be shown: each takes a character."""
+    return itertools.islice(items, _LONGEST)
 
 
 def _is_masked(value: object) -> bool:

@@ -17,6 +17,9 @@ from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import is_secret, shown
 from rayserve_hooks.trace import ABSENT, Change, TraceEntry
 
+_MOST_ITEMS = 10_000  # of the context that are compared after each call
+_DEEPEST = 50
+
 
 class Recorder:
     """Brackets each call of a callback, so that errors, trace and conflicts can name it.
@@ -41,7 +44,7 @@ class Recorder:
         # What was started beside the hooks, until `with_background` takes it.
         self.background: list[tuple[TraceEntry, threads.ThreadCall[Any]]] = []
         self.values: Mapping[str, Any] = self._state.values
-        self._before = snapshot(self.values)
+        self._before = seen(self.values)
 
     def begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
         """Return a starting call's trace entry, and that of the call around it, for `end`."""
@@ -66,9 +69,10 @@ class Recorder:
                 return
         except Exception:  # noqa: S110 - suppress() would cost more than all the rest
             pass  # an array's == has no truth value: look closer
-        changes = changes_between(self._before, self.values)
+        now = seen(self.values)
+        changes = changes_between(self._before, now)
         entry.changes = (*entry.changes, *changes)
-        self._before = snapshot(self.values)
+        self._before = now
         last = entry.callback
         for path in (change.path for change in changes):
             earlier = self._conflicts.get(path, last)
@@ -98,7 +102,7 @@ class Recorder:
             finally:
                 entry.finish(outcome)
 
-        call = threads.start_in_thread(run)
+        call = threads.ThreadCall(run)
         self.background.append((entry, call))
         return call.future
 
@@ -108,7 +112,7 @@ class Recorder:
     def adopt(self, **values: Any) -> None:
         """Set fields on behalf of the initialization itself, not of a callback."""
         self._state.values.update(values)
-        self._before = snapshot(self.values)
+        self._before = seen(self.values)
 
     def set_nodes(self, results: Mapping[str, NodeResult]) -> None:
         self._state.nodes.update(results)
@@ -144,6 +148,45 @@ def snapshot(value: Any) -> Any:
     return value
 
 
+class Large:
+    """A container that is not looked into: another one, or another length, is a change."""
+
+    __slots__ = ("_length", "_value")
+
+    def __init__(self, value: Any) -> None:
+        self._value, self._length = value, len(value)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Large):
+            return self._value is other._value and self._length == other._length
+        unchanged: bool = self._length == len(self._value)
+        return other is self._value and unchanged
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{type(self._value).__name__} of {self._length} items>"
+
+
+def seen(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy plain containers as `snapshot` does, as far as each call can afford to compare them."""
+    left = _MOST_ITEMS
+
+    def copy(value: Any, depth: int) -> Any:
+        nonlocal left
+        kind = type(value)
+        if kind is not dict and kind is not list:
+            return value
+        if len(value) > left or depth > _DEEPEST:
+            return Large(value)
+        left -= len(value)
+        if kind is dict:
+            return {key: copy(item, depth + 1) for key, item in value.items()}
+        return [copy(item, depth + 1) for item in value]
+
+    return {name: copy(value, 0) for name, value in values.items()}
+
+
 def changes_between(
     before: Mapping[str, Any], after: Mapping[str, Any], path: str = "", secret: bool = False
 ) -> tuple[Change, ...]:
@@ -161,12 +204,17 @@ def changes_between(
         if isinstance(old, dict) and isinstance(new, dict):
             changes.extend(changes_between(old, new, here, hidden))
         elif not _same(old, new):
-            texts = (ABSENT if it is _ABSENT else shown(it, hidden) for it in (old, new))
-            changes.append(Change(here, *texts))
+            changes.append(Change(here, _text(old, hidden), _text(new, hidden)))
     return tuple(changes)
 
 
 _ABSENT = object()
+
+
+def _text(value: Any, hidden: bool) -> str:
+    if value is _ABSENT:
+        return ABSENT
+    return repr(value) if isinstance(value, Large) and not hidden else shown(value, hidden)
 
 
 def _same(old: Any, new: Any) -> bool:

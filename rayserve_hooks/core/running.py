@@ -100,12 +100,12 @@ async def with_background(
 def _settle(
     manager: PluginManager, ctx: CallbackCtx, entry: TraceEntry, error: BaseException
 ) -> None:
-    if not isinstance(error, Exception):
-        raise error
+    if isinstance(error, threads.EscapedError) and error.__cause__ is not None:
+        error = error.__cause__
     what = f"its background task {entry.background!r} raised "
     blame = replace(manager.blame(entry.callback, entry.hook), what=what)
     settle(error, ctx, blame)
-    entry.outcome = "warned" if blame.warns else "failed"
+    entry.outcome = blame.outcome_of(error)
 
 
 async def clean_up(

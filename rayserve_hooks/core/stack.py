@@ -23,7 +23,7 @@ from rayserve_hooks.core.instances import ByObject, Dumps, Instance, class_refus
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, explained, no_adapter
 from rayserve_hooks.core.log import logger
-from rayserve_hooks.core.masking import shown
+from rayserve_hooks.core.masking import redact, shown
 from rayserve_hooks.core.recorder import snapshot
 from rayserve_hooks.core.validation import Problem, adapter, described, problems_of
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe
@@ -115,6 +115,13 @@ class CallbackEntry:
             return build(self.callback, snapshot(self.kwargs), adapt, construct)
         except CallbackConfigError as error:
             raise CallbackConfigError(*map(self._named, error.problems)) from error.__cause__
+        except Exception:
+            raise
+        except BaseException as error:  # a SystemExit would end, or hang, what builds it
+            reason = redact(describe(error), self.kwargs)
+            raise CallbackConfigError(
+                self._named(f"exits where it is built: {reason}; raise an Exception there instead")
+            ) from (error if reason == describe(error) else None)
 
     def _named(self, problem: str) -> str:
         if problem.startswith("callback "):

@@ -1,8 +1,8 @@
-"""Run ``async def`` callbacks to completion from pluggy's synchronous call loop.
+"""Run callbacks where nothing that they do can end or block the event loop that waits for them.
 
-pluggy hands an async callback's coroutine back un-awaited, and a coroutine counts as a first
-result. So the hook chain runs in a worker thread, and a coroutine met there is awaited on the
-event loop that started the chain while that thread waits for it.
+A hook chain runs in a thread of its own, because pluggy's call loop is synchronous. It hands an
+async callback's coroutine back un-awaited, and a coroutine counts as a first result. So a coroutine
+met in a chain is awaited on a loop for callbacks alone, while the chain's thread waits for it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import inspect
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future
 from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeVar
+
+from rayserve_hooks.errors import describe
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,25 +27,26 @@ R = TypeVar("R")
 
 _GIVE_UP_S = 1.0
 _running_call: ContextVar[ThreadCall[Any] | None] = ContextVar("running_call", default=None)
-_nested: ContextVar[bool] = ContextVar("nested", default=False)  # inside an async callback
+
+
+class EscapedError(RuntimeError):
+    """Carries, as its cause, what an event loop does not: ``SystemExit`` would end the loop."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(describe(error))
+        self.__cause__ = error
 
 
 class ThreadCall(Generic[T]):
-    """A function running in a thread, whose coroutines are awaited on an event loop.
+    """A function running in a thread, whose coroutines are awaited on the callbacks' loop.
 
     The thread is a daemon: a callback that hangs for ever must not keep its process from ending.
-    ``loop`` is where the coroutines run; None means one loop per process.
     """
 
-    def __init__(
-        self, func: Callable[[], T], loop: asyncio.AbstractEventLoop | None = None
-    ) -> None:
-        self.future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    def __init__(self, func: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
         self.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-        self.loop = loop
-        self._lock = threading.Lock()
-        self._coroutines: set[concurrent.futures.Future[Any]] = set()
-        self._given_up = False
+        self._given_up: Future[None] = Future()
         context = contextvars.copy_context()
         threading.Thread(
             target=context.run, args=(self._run, func), name="rayserve_hooks-call", daemon=True
@@ -53,48 +56,143 @@ class ThreadCall(Generic[T]):
         _running_call.set(self)
         try:
             self.future.set_result(func())
-        except StopIteration as error:  # an asyncio future refuses one, and never ends
-            failure = RuntimeError("it raised StopIteration")
-            failure.__cause__ = error
-            self.future.set_exception(failure)
         except BaseException as error:  # whoever waits for the future gets it
-            self.future.set_exception(error)
+            self.future.set_exception(error if self._travels(error) else EscapedError(error))
+
+    def _travels(self, error: BaseException) -> bool:
+        """Return whether who awaits the call may get an error as it is.
+
+        An asyncio future refuses a ``StopIteration``, and never ends.
+        """
+        if isinstance(error, asyncio.CancelledError):
+            return self.given_up
+        return isinstance(error, Exception) and not isinstance(error, StopIteration)
+
+    @property
+    def given_up(self) -> bool:
+        return self._given_up.done()
 
     def give_up(self) -> None:
         """Stop what can be stopped: its coroutines. A blocked thread can not be."""
-        with self._lock:
-            self._given_up = True
-            coroutines = list(self._coroutines)
-        for coroutine in coroutines:
-            coroutine.cancel()
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # given up twice
+            self._given_up.set_result(None)
 
     def check(self) -> None:
         """Raise ``CancelledError`` if the call was given up, so that it starts nothing new."""
-        if self._given_up:
+        if self.given_up:
             raise asyncio.CancelledError("this initialization was given up")
 
-    def wait_for(self, awaitable: Awaitable[R]) -> R | _Raised:
+    def wait_for(self, awaitable: Awaitable[R]) -> R:
         """Await something of this call, from its thread."""
-        with self._lock:
-            if self._given_up:
-                if inspect.iscoroutine(awaitable):
-                    awaitable.close()  # or Python complains that nobody awaited it
+        if self.given_up and inspect.iscoroutine(awaitable):
+            awaitable.close()  # or Python complains that nobody awaited it
+        self.check()
+        with _callback_loop() as loop:
+            outcome = loop.start(awaitable)
+            either: list[Future[Any]] = [outcome, self._given_up]
+            concurrent.futures.wait(either, return_when=FIRST_COMPLETED)
+            if self.given_up:
+                loop.cancel(outcome)
+                concurrent.futures.wait([outcome], timeout=_GIVE_UP_S)  # for it to clean up
+                loop.usable = loop.usable and outcome.done()
                 self.check()
-            loop = self.loop or process_loop()
-            future = asyncio.run_coroutine_threadsafe(_guarded(awaitable), loop)
-            self._coroutines.add(future)
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError:
-            # By its own class a hook's error handling would take it for an ordinary error.
-            raise asyncio.CancelledError("this initialization was given up") from None
-        finally:
-            self._coroutines.discard(future)
+            return outcome.result()
+
+
+class _CallbackLoop:
+    """An event loop for callbacks, in a daemon thread.
+
+    One that a callback stops goes on. ``usable`` is False once one blocks or has broken it.
+    """
+
+    def __init__(self) -> None:
+        self.usable = True
+        self._ending = False
+        self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._tasks: dict[Future[Any], asyncio.Task[None] | None] = {}  # by their outcome
+        threading.Thread(target=self._run, name="rayserve_hooks-aio", daemon=True).start()
+
+    def start(self, awaitable: Awaitable[T]) -> Future[T]:
+        """Start to await something, and return its outcome to come.
+
+        What it raises is an outcome too: by itself a ``SystemExit`` would end the loop's thread.
+        """
+        outcome: Future[T] = Future()
+        with self._lock:
+            self._tasks[outcome] = None
+            try:
+                self._loop.call_soon_threadsafe(self._begin, awaitable, outcome)
+            except RuntimeError as error:  # it has been closed
+                _resolve(outcome, error=error)
+        return outcome
+
+    def _begin(self, awaitable: Awaitable[T], outcome: Future[T]) -> None:
+        task = self._tasks[outcome] = self._loop.create_task(_awaited(awaitable, outcome))
+        task.add_done_callback(lambda _: self._tasks.pop(outcome, None))
+
+    def cancel(self, *outcomes: Future[Any]) -> None:
+        """Cancel what leads to the outcomes."""
+        with contextlib.suppress(RuntimeError):  # it has been closed
+            self._loop.call_soon_threadsafe(self._cancel, outcomes)
+
+    def _cancel(self, outcomes: Iterable[Future[Any]]) -> None:
+        for outcome in outcomes:
+            task = self._tasks.get(outcome)
+            if task is not None:
+                task.cancel()
+
+    def end(self) -> None:
+        """End the thread; nothing waits for an outcome any more."""
+        self._ending = True
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self) -> None:
+        _this_thread.is_loop = True
+        works = True
+        while works and not self._ending:
+            try:
+                self._loop.run_forever()  # it returns where a callback stops it
+            except BaseException as error:
+                # A SystemExit is of a task that a callback has made, and the loop can go on;
+                # anything else is the loop's own, such as a closed file descriptor.
+                if isinstance(error, Exception):
+                    self.usable = works = False
+                self._fail(error)
+        with self._lock:
+            self.usable = False
+            self._fail(RuntimeError("its event loop was closed"))
+            with contextlib.suppress(Exception):  # what it would close, a callback has closed
+                self._loop.close()
+
+    def _fail(self, error: BaseException) -> None:
+        for outcome, task in list(self._tasks.items()):
+            _resolve(outcome, error=error)
+            if task is not None and not self._loop.is_closed():
+                task.cancel()
+
+
+async def _awaited(awaitable: Awaitable[T], outcome: Future[T]) -> None:
+    try:
+        _resolve(outcome, await awaitable)
+    except BaseException as error:
+        _resolve(outcome, error=error)
+
+
+def _resolve(
+    outcome: Future[Any], result: object = None, error: BaseException | None = None
+) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):  # the loop has failed before
+        if error is None:
+            outcome.set_result(result)
+        else:
+            outcome.set_exception(error)
 
 
 async def run_in_thread(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run ``func`` in a thread whose coroutines come back to this event loop."""
-    call = ThreadCall(functools.partial(func, *args, **kwargs), asyncio.get_running_loop())
+    """Run ``func`` in a thread, in which coroutines can be awaited by `run_coroutine`."""
+    call = ThreadCall(functools.partial(func, *args, **kwargs))
     ended = asyncio.wrap_future(call.future)
     try:
         return await asyncio.shield(ended)
@@ -106,10 +204,10 @@ async def run_in_thread(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
         raise
 
 
-def start_in_thread(func: Callable[[], T]) -> ThreadCall[T]:
-    """Start ``func`` in a thread of its own, from a hook; its coroutines go where the hook's do."""
+def given_up() -> bool:
+    """Return whether nobody waits for the running hook chain any more."""
     call = _running_call.get()
-    return ThreadCall(func, call.loop if call else None)
+    return call is not None and call.given_up
 
 
 def check_given_up() -> None:
@@ -122,55 +220,36 @@ def check_given_up() -> None:
 def run_coroutine(awaitable: Awaitable[T]) -> T:
     """Wait for an awaitable from synchronous code, also from inside a running event loop.
 
-    It runs on the loop of the enclosing `run_in_thread`, otherwise on one loop per process, so
-    that a client opened in one hook still works in the next. A hook that an async callback calls
-    would wait for a loop that waits for it; its coroutines get a loop of their own.
+    It runs on one loop per process, so that a client opened in one hook still works in the next.
     """
-    inside_loop = False
-    with contextlib.suppress(RuntimeError):
-        inside_loop = asyncio.get_running_loop() is not None
     call = _running_call.get()
-    if inside_loop and _nested.get():
-        with concurrent.futures.ThreadPoolExecutor(1, "rayserve_hooks-aio-nested") as thread:
-            run = contextvars.copy_context().run
-            outcome = thread.submit(run, asyncio.run, _guarded(awaitable)).result()
-    elif inside_loop or call is None:
-        guarded = _guarded(awaitable)
-        outcome = asyncio.run_coroutine_threadsafe(guarded, process_loop()).result()
-    else:
-        outcome = call.wait_for(awaitable)
-    if isinstance(outcome, _Raised):
-        raise outcome.error
-    return outcome
+    if call is not None:
+        return call.wait_for(awaitable)
+    with _callback_loop() as loop:
+        return loop.start(awaitable).result()
 
 
-@dataclasses.dataclass
-class _Raised:
-    error: BaseException
+_this_thread = threading.local()
+_shared_lock = threading.Lock()
+_shared: _CallbackLoop | None = None
 
 
-async def _guarded(awaitable: Awaitable[T]) -> T | _Raised:
-    # A SystemExit or KeyboardInterrupt would end the loop's thread before the caller gets it, and
-    # a cancellation would reach it as an ordinary concurrent.futures error, which a hook's error
-    # handling swallows. So any exception is handed over as a value.
-    _nested.set(True)
-    try:
-        return await awaitable
-    except BaseException as error:
-        return _Raised(error)
+@contextlib.contextmanager
+def _callback_loop() -> Iterator[_CallbackLoop]:
+    """Provide the loop of this process.
 
-
-_process_loop_lock = threading.Lock()
-
-
-def process_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop that runs in a thread of its own for as long as the process lives."""
-    with _process_loop_lock:
-        return _start_process_loop()
-
-
-@functools.cache
-def _start_process_loop() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rayserve_hooks-aio", daemon=True).start()
-    return loop
+    A hook that an async callback calls would wait for a loop that waits for it; its coroutines
+    get a loop of their own.
+    """
+    global _shared  # noqa: PLW0603 - one per process, replaced when a callback has broken it
+    if getattr(_this_thread, "is_loop", False):
+        loop = _CallbackLoop()
+        try:
+            yield loop
+        finally:
+            loop.end()
+        return
+    with _shared_lock:
+        if _shared is None or not _shared.usable:
+            _shared = _CallbackLoop()
+    yield _shared

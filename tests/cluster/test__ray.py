@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import sys
+import time
+from typing import Any
 
 import pytest
 
@@ -118,3 +121,64 @@ def test_streaming_formats_download_nothing() -> None:
     )
     assert _ray.default_download_mode(plain) is NodeModelDownloadable.MODEL_AND_TOKENIZER
     assert _ray.default_download_mode(streaming) is NodeModelDownloadable.NONE
+
+
+def test_the_live_nodes_and_all_they_have(ray_cluster: Any) -> None:
+    nodes = {node.id: resources for node, resources in _ray.live_nodes()}
+    assert nodes[ray_cluster.head_id]["CPU"] == 8
+    assert nodes[ray_cluster.other_id]["other"] == 4
+    assert [node.id for node, _ in _ray.live_nodes() if node.is_local] == [ray_cluster.head_id]
+
+
+def test_a_cluster_without_an_autoscaler_has_none(ray_cluster: Any) -> None:
+    deadline = time.monotonic() + 30
+    while _ray.autoscaler_runs() is None:  # Ray's monitor reports some seconds after the start
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert _ray.autoscaler_runs() is False
+
+
+@pytest.mark.parametrize(
+    ("active", "launches", "runs"),
+    [
+        ({"node_0123abcd": 1}, {}, False),
+        ({"node_0123abcd": 1, "gpu-workers": 2}, {}, True),
+        ({"node_0123abcd": 1}, {"gpu-workers": 1}, True),
+        ({"head": 1}, {}, True),
+    ],
+)
+def test_an_autoscaler_is_known_by_the_types_of_its_nodes(
+    monkeypatch: pytest.MonkeyPatch, active: dict[str, int], launches: dict[str, int], runs: bool
+) -> None:
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+
+    monkeypatch.setattr("ray.autoscaler.v2.utils.is_autoscaler_v2", lambda: False)
+    report = {"autoscaler_report": {"active_nodes": active, "pending_launches": launches}}
+    kv = {DEBUG_AUTOSCALING_STATUS: json.dumps(report)}
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", kv.get)
+    assert _ray.autoscaler_runs() is runs
+    kv.clear()
+    assert _ray.autoscaler_runs() is None
+
+
+@pytest.mark.parametrize(
+    ("node_type", "launching", "runs"),
+    [("node_0123abcd", False, False), ("gpu-workers", False, True), ("node_0123abcd", True, True)],
+)
+def test_the_second_autoscaler_is_known_by_the_types_of_its_nodes(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, node_type: str, launching: bool, runs: bool
+) -> None:
+    from ray.autoscaler.v2 import schema, sdk
+
+    status = sdk.get_cluster_status(ray_cluster.address)
+    nodes = [*status.active_nodes, *status.idle_nodes]
+    assert nodes, "the fields that are read exist"
+    for node in nodes:
+        node.ray_node_type_name = node_type
+    if launching:
+        status.pending_launches.append(
+            schema.LaunchRequest("", "gpu-workers", 1, schema.LaunchRequest.Status.PENDING, 0)
+        )
+    monkeypatch.setattr("ray.autoscaler.v2.utils.is_autoscaler_v2", lambda: True)
+    monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", lambda _: status)
+    assert _ray.autoscaler_runs() is runs

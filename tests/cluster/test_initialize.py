@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.ray
 
+TESTS = Path(__file__).parent.parent
 SPREAD = "lifecycle_callbacks:SpreadOverNodes"
 
 
@@ -219,18 +220,19 @@ def test_handled_skips_nodes_and_sets_the_model(caplog: pytest.LogCaptureFixture
         caplog.text,
     )
     engine: Any = llm_config.get_engine_config()
-    assert engine.hf_model_id == "/models/taken-over"
+    assert engine.hf_model_id == "models/taken-over"
 
 
 def test_on_after_init_sees_who_took_over_and_what_a_node_brought() -> None:
     see = "lifecycle_callbacks:SeeHandled"
     ctx = initialize(config("lifecycle_callbacks:TakeOver", see, model_id="taken"))
-    assert ctx.custom_data["handled"] == Handled("/models/taken-over", "it is baked into the image")
+    assert ctx.custom_data["handled"] == Handled("models/taken-over", "it is baked into the image")
     assert ctx.custom_data["brought"] == []
-    bring = {"callback": "lifecycle_callbacks:BringModel", "kwargs": {"path": "/models/brought"}}
+    path = str(TESTS)
+    bring = {"callback": "lifecycle_callbacks:BringModel", "kwargs": {"path": path}}
     ctx = initialize(config(bring, see, model_id="brought"))
     assert ctx.custom_data["handled"] is None
-    assert ctx.custom_data["brought"] == [("/models/brought", Handled("/models/brought"))]
+    assert ctx.custom_data["brought"] == [(path, Handled(path))]
 
 
 def test_engine_arguments_reach_the_engine_and_its_front_end() -> None:
@@ -380,9 +382,37 @@ def test_different_paths_on_nodes_are_an_error_naming_both(ray_cluster: Any) -> 
     with pytest.raises(
         HookError,
         match=rf"the engine needs one model path on all nodes, got {ray_cluster.head_id} .*: "
-        rf"'/models/local', {ray_cluster.other_id} .*: '/models/other'; return the same path",
+        rf"'{TESTS}', {ray_cluster.other_id} .*: '{TESTS.parent}'; return the same path",
     ):
         initialize(config(SPREAD, "lifecycle_callbacks:PathPerNode"))
+
+
+@pytest.mark.parametrize("path", ["/models/typo", "models/of/nobody", "./models", "~/models"])
+def test_a_path_that_is_not_there_is_an_error_on_that_node(ray_cluster: Any, path: str) -> None:
+    bring = {
+        "callback": "lifecycle_callbacks:BringModel",
+        "kwargs": {"path": str(TESTS), "other_path": path},
+    }
+    with pytest.raises(
+        HookError,
+        match=rf"^callback 'BringModel' failed in hook on_before_download on node "
+        rf"{ray_cluster.other_id} \(.*\) .*: Handled\(model_path='{path}'\) "
+        "names nothing that is there on this node; put the model there first, or return None to "
+        "have it downloaded$",
+    ):
+        initialize(config(SPREAD, bring))
+
+
+def test_a_path_that_is_not_there_is_an_error_before_anything_is_placed() -> None:
+    take_over = {"callback": "lifecycle_callbacks:TakeOver", "kwargs": {"path": "/models/typo"}}
+    before = len(group_states())
+    with pytest.raises(
+        HookError,
+        match=r"^callback 'TakeOver' failed in hook on_before_init on node .* \(phase: before "
+        r"init\): Handled\(model_path='/models/typo'\) names nothing",
+    ):
+        initialize(config(take_over))
+    assert len(group_states()) == before
 
 
 def test_a_blocking_callback_leaves_the_event_loop_free() -> None:
@@ -407,9 +437,12 @@ def test_a_group_supplied_by_a_callback_is_the_only_one() -> None:
 def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
     ray_cluster: Any, busy_log: pytest.LogCaptureFixture
 ) -> None:
+    from ray.util.placement_group import placement_group
+
+    assert placement_group([{"other": 4}]).wait(30)
     pending = group_states().count("PENDING")
     llm_config = config(
-        placement_group_config={"bundles": [{"CPU": 1, "GPU": 99}]}, time_limits={"total": 1}
+        placement_group_config={"bundles": [{"other": 1}]}, time_limits={"total": 1}
     )
     with pytest.raises(
         HookError,
@@ -420,7 +453,7 @@ def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
         initialize(llm_config)
     group = r"[0-9a-f]{20,}"
     assert re.search(
-        rf"waiting for placement group {group}, bundles \[{{'CPU': 1.0, 'GPU': 99.0}}\]; 'ray "
+        rf"waiting for placement group {group}, bundles \[{{'other': 1.0}}\]; 'ray "
         "status' shows what is free",
         busy_log.text,
     )
@@ -428,6 +461,72 @@ def test_a_group_that_waits_for_resources_says_what_for_and_is_removed(
         rf"removed placement group {group}, which this initialization had made", busy_log.text
     )
     assert group_states().count("PENDING") == pending
+
+
+NO_AUTOSCALER = (
+    r", and no autoscaler runs that would add one: node [0-9a-f]+ \(.*\) has {.*'CPU': 8.0.*}; "
+    r"node [0-9a-f]+ \(.*\) has {.*'other': 4.0}; ask for less in placement_group_config, or where "
+    "the group is made, or add nodes$"
+)
+
+
+@pytest.mark.usefixtures("busy_log")
+@pytest.mark.parametrize(
+    ("bundles", "strategy", "text"),
+    [
+        ([{"GPU": 1}], "PACK", "no node can hold bundle {'GPU': 1.0}"),
+        ([{"CPU": 1}, {"CPU": 9}], "SPREAD", "no node can hold bundle {'CPU': 9.0}"),
+        ([{"CPU": 1, "other": 1}], "PACK", "no node can hold bundle {'CPU': 1.0, 'other': 1.0}"),
+        ([{"CPU": 5}] * 2, "PACK", "no nodes can hold all bundles, together {'CPU': 10.0}"),
+        (
+            [{"CPU": 1}, {"other": 1}],
+            "STRICT_PACK",
+            "no node can hold all bundles of a STRICT_PACK group, together {'CPU'",
+        ),
+        (
+            [{"CPU": 1}] * 3,
+            "STRICT_SPREAD",
+            r"no 3 nodes are there for the bundles of a STRICT_SPREAD group, \[{'CPU': 1.0}, ",
+        ),
+    ],
+)
+def test_a_group_that_can_never_be_had_is_an_error_at_once(
+    bundles: list[dict[str, float]], strategy: str, text: str
+) -> None:
+    before = group_states().count("PENDING")
+    llm_config = config(placement_group_config={"bundles": bundles, "strategy": strategy})
+    with pytest.raises(
+        HookError,
+        match=rf"^node initialization failed on node .* \(phase: placement\): "
+        rf"ctx.placement_group: {text}.*{NO_AUTOSCALER}",
+    ):
+        initialize(llm_config)
+    assert group_states().count("PENDING") == before
+
+
+@pytest.mark.usefixtures("busy_log")
+def test_a_group_of_a_callback_that_can_never_be_had_names_it() -> None:
+    mine = {"callback": "custom_placement_group", "kwargs": {"bundles": [{"GPU": 2}]}}
+    with pytest.raises(
+        HookError,
+        match=r"^callback 'custom_placement_group' failed in hook on_before_init .* \(phase: "
+        rf"placement\): ctx.placement_group: no node can hold bundle {{'GPU': 2.0}}{NO_AUTOSCALER}",
+    ):
+        initialize(config(mine))
+
+
+def test_a_group_that_an_autoscaler_may_bring_is_waited_for(
+    busy_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayserve_hooks.cluster._ray.autoscaler_runs", lambda: True)
+    llm_config = config(placement_group_config={"bundles": [{"GPU": 1}]}, time_limits={"total": 1})
+    with pytest.raises(HookError, match="not done after 1 s, the time limit 'total'"):
+        initialize(llm_config)
+    assert re.search(
+        r"no node can hold bundle {'GPU': 1.0}: node .* has {.*}; waiting for an autoscaler to add "
+        "nodes",
+        busy_log.text,
+    )
 
 
 def test_a_group_that_is_gone_names_who_set_it() -> None:

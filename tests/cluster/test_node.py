@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ HERE = "on node n1 (10.0.0.1)"
 
 class Takes:
     def on_before_download(self, ctx: CallbackCtx) -> Handled:
-        return Handled("/brought")
+        return Handled("org/brought")
 
 
 class Assigns:
@@ -60,8 +61,8 @@ def test_a_result_of_the_hook_replaces_the_download(downloads: list[dict[str, An
     result, phases = initialize(make_manager(Takes), ctx)
     assert (result.node, result.model_path, result.handled) == (
         ctx.node,
-        "/brought",
-        Handled("/brought"),
+        "org/brought",
+        Handled("org/brought"),
     )
     assert result.download_s == 0.0
     assert phases == ["before download"]
@@ -131,3 +132,30 @@ def test_a_download_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     text = r"\(phase: download\): not done after 0.05 s, the time limit 'download'"
     with pytest.raises(HookError, match=text):
         initialize(manager, make_ctx())
+
+
+@pytest.mark.parametrize(
+    ("path", "exists"),
+    [
+        ("gpt2", True),
+        ("org/model-7B_v1.0", True),
+        ("s3://bucket/a/b", True),
+        ("gs://bucket", True),
+        ("/", True),
+        (Path(__file__), True),
+        (Path("no/such"), False),
+        ("/no/such", False),
+        ("no/such/folder", False),
+        ("../no", False),
+        ("./no", False),
+        ("~/no", False),
+        ("file:///no/such", False),
+    ],
+)
+def test_a_path_must_be_there_and_an_id_need_not(path: str | Path, exists: bool) -> None:
+    check = node.check_brought(Handled(path), "on_before_download", make_ctx())
+    if exists:
+        asyncio.run(check)
+        return
+    with pytest.raises(HookError, match=r"Handled\(model_path='.*'\) names nothing that is there"):
+        asyncio.run(check)

@@ -62,7 +62,7 @@ class OnNode:
         ctx.custom_data["brought"] = ctx.custom_data["given"] + 1
         if self.error:
             raise RuntimeError(self.error)
-        return Handled("/m")
+        return Handled("m")
 
     def on_init_failed(self, ctx: CallbackCtx, error: BaseException) -> None:
         SEEN.append(error)
@@ -110,7 +110,7 @@ def heard_of(statuses: list[NodeStatus]) -> list[list[tuple[str, str]]]:
 def test_it_says_what_it_does_and_then_replies(request_of: Callable[..., NodeRequest]) -> None:
     statuses: list[NodeStatus] = []
     reply = asyncio.run(follow(NodeActor(request_of(OnNode), 2), statuses))
-    assert (reply.result.node, reply.result.handled) == (NODE_2, Handled("/m"))
+    assert (reply.result.node, reply.result.handled) == (NODE_2, Handled("m"))
     assert reply.unpacked().custom_data == {"given": 1, "brought": 2}
     assert [(entry.callback, entry.role, entry.attempt) for entry in reply.trace] == [
         ("OnNode", "node", 2)

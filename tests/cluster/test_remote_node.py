@@ -20,6 +20,7 @@ import s3
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, HookError
 from rayserve_hooks.cluster import remote_node
+from rayserve_hooks.errors import RemoteCause
 
 if TYPE_CHECKING:
     from rayserve_hooks import LLMConfig
@@ -118,6 +119,43 @@ def test_a_process_that_is_always_killed_names_node_callback_and_phase(
         third.node_id,
     }
     assert cleaned[-1]["node"] == ray_cluster.head_id, "the replica's process comes last"
+
+
+@pytest.mark.parametrize("how", ["exit", "segfault", "close_files"])
+def test_nodes_that_crash_at_the_same_time_are_all_cleaned_up(
+    ray_cluster: Any, third: Any, log: Path, tmp_path: Path, how: str
+) -> None:
+    nodes = [ray_cluster.other_id, third.node_id]
+    kwargs = {"nodes": nodes, "how": how, "folder": str(tmp_path)}
+    with pytest.raises(
+        HookError,
+        match=r"^callback 'CrashTogether' failed in hook on_before_download on node \w+ \(.*\) "
+        r"\(phase: before download\): its process was killed or the node died: ",
+    ) as caught:
+        initialize(config(log, {"callback": "failing_callbacks:CrashTogether", "kwargs": kwargs}))
+    assert caught.value.cleanup_errors == []
+    cleaned = [call["node"] for call in calls(log, "on_init_failed")]
+    assert sorted(cleaned) == sorted([*nodes, ray_cluster.head_id])
+
+
+def test_a_crash_in_a_clean_up_is_reported_and_the_others_clean_up(
+    ray_cluster: Any, third: Any, log: Path, tmp_path: Path
+) -> None:
+    nodes = [third.node_id]
+    kwargs = {"nodes": nodes, "how": "exit", "folder": str(tmp_path), "hook": "on_init_failed"}
+    crash = {"callback": "failing_callbacks:CrashTogether", "kwargs": kwargs}
+    fails = {"callback": "lifecycle_callbacks:Fail", "kwargs": {"hook": "on_after_init"}}
+    with pytest.raises(HookError, match="callback 'Fail' failed") as caught:
+        initialize(config(log, crash, fails))
+    (failure,) = caught.value.cleanup_errors
+    assert re.match(
+        rf"callback 'CrashTogether' failed in hook on_init_failed on node {third.node_id} \(.*\) "
+        r"\(phase: clean-up\): its process was killed or the node died; see the log of that "
+        "process$",
+        str(failure),
+    )
+    cleaned = [call["node"] for call in calls(log, "on_init_failed")]
+    assert sorted(cleaned) == sorted([ray_cluster.head_id, ray_cluster.other_id, third.node_id])
 
 
 @pytest.fixture
@@ -340,6 +378,26 @@ def test_a_background_task_that_fails_on_a_node_names_its_callback(third: Any, l
     ) as caught:
         initialize(config(log, on(third.node_id, "fail_in_background")))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(("text", "times"), [("raises", 1), ("exits", 1), ("long ", 10_000_000)])
+def test_an_exception_that_cannot_be_rebuilt_here_keeps_its_names(
+    third: Any, log: Path, text: str, times: int
+) -> None:
+    kwargs = {"node": third.node_id, "text": text, "times": times}
+    started = time.monotonic()
+    with pytest.raises(
+        HookError,
+        match=rf"^callback 'Raises' failed in hook on_before_download on node {third.node_id} "
+        rf"\(.*\) \(phase: before download\): failing_callbacks.HereOnlyError: {text}",
+    ) as caught:
+        initialize(config(log, {"callback": "failing_callbacks:Raises", "kwargs": kwargs}))
+    assert type(caught.value.__cause__) is RemoteCause
+    assert "HereOnlyError" in str(caught.value.__cause__)
+    assert "in on_before_download" in "".join(caught.value.__cause__.__notes__)
+    assert len(str(caught.value)) < 25_000
+    assert time.monotonic() - started < 15
+    assert calls(log, "on_init_failed")
 
 
 @contextlib.contextmanager

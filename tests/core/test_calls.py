@@ -1,4 +1,4 @@
-"""One call: its result, the first result, wrappers, interruptions."""
+"""One call: its result, the first result, wrappers, exits."""
 
 import re
 from collections.abc import Callable
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from plugins_for_tests import make_ctx, make_manager
 from steps import (
+    EXITS,
+    ON_EXIT,
     Wrapping,
     call,
     fails_after,
@@ -114,23 +116,42 @@ def test_the_hook_needs_its_argument_by_name() -> None:
         make_manager(step("a")).hook.on_before_init(make_ctx())  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", EXITS)
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_an_interruption_passes_through(error: type[BaseException], on_error: str) -> None:
+def test_an_exit_of_a_callback_is_its_failure_whatever_on_error_says(
+    error: type[BaseException], on_error: str
+) -> None:
     ctx = make_ctx()
-    with pytest.raises(error):
-        call(step("a", error=error(), on_error=on_error), step("b"), ctx=ctx)
-    assert outcomes(ctx) == [("a", "interrupted")]
+    with pytest.raises(HookError, match=rf"callback 'a' failed .*{error.__name__}: out") as caught:
+        call(step("a", error=error("out"), on_error=on_error), step("b"), ctx=ctx)
+    assert type(caught.value.__cause__) is error
+    assert str(caught.value).endswith(ON_EXIT)
+    assert outcomes(ctx) == [("a", "failed")]
     assert ctx.trace[0].duration_s is not None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interruption_passes_through_wrappers(error: type[BaseException]) -> None:
+@pytest.mark.parametrize("error", EXITS)
+def test_wrappers_see_the_exit_of_a_callback_as_its_failure(error: type[BaseException]) -> None:
     ctx = make_ctx()
-    with pytest.raises(error):
+    with pytest.raises(HookError, match="callback 'a' failed"):
         call(wrapper("w"), step("a", error=error()), ctx=ctx)
-    assert outcomes(ctx) == [("w", "interrupted"), ("a", "interrupted")]
+    assert outcomes(ctx) == [("w", "returned"), ("a", "failed")]
     assert ctx.custom_data["log"] == ["w", "a", "/w"]
+
+
+@pytest.mark.parametrize("error", EXITS)
+@pytest.mark.parametrize("late", [False, True])
+def test_an_exit_of_a_wrapper_is_its_failure(error: type[BaseException], late: bool) -> None:
+    def exits(ctx: CallbackCtx) -> Wrapping:
+        if late:
+            yield
+        raise error
+        yield
+
+    ctx = make_ctx()
+    with pytest.raises(HookError, match="callback 'W' failed in hook on_before_init"):
+        call(wraps(exits, on_error="warn"), step("a"), ctx=ctx)
+    assert outcomes(ctx)[0] == ("W", "failed")
 
 
 def replaces(ctx: CallbackCtx) -> Wrapping:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 from plugins_for_tests import hook_log, make_ctx, make_manager
 from steps import (
+    EXITS,
     FIRST_FAILURE,
     Wrapping,
     clean_up,
@@ -162,9 +163,10 @@ def test_a_wrapper_that_fails_in_a_clean_up_is_collected_too(
     assert ctx.custom_data["log"] == ["b", "a"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interruption_of_a_clean_up_passes_through(error: type[BaseException]) -> None:
+@pytest.mark.parametrize("error", EXITS)
+def test_an_exit_in_a_clean_up_is_collected_and_the_next_runs(error: type[BaseException]) -> None:
     ctx = make_ctx()
-    with pytest.raises(error):
-        clean_up(cleans("a"), cleans("b", error=error()), ctx=ctx)
-    assert outcomes(ctx) == [("b", "interrupted")]
+    (failure,) = clean_up(cleans("a"), cleans("b", error=error("out")), ctx=ctx)
+    assert failure.callback == "b"
+    assert failure.detail.endswith(f"{error.__name__}: out")
+    assert outcomes(ctx) == [("b", "failed"), ("a", "returned")]

@@ -1,6 +1,7 @@
 """Who is running, what each call changed, and which callbacks disagree."""
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -464,3 +465,54 @@ def test_changes_between_are_in_the_order_of_the_later_one_with_the_deleted_last
     before, after = {"gone": 1, "b": 1, "a": 1}, {"a": 2, "new": 1, "b": 2}
     found = changes_between(before, after)
     assert [change.path for change in found] == ["a", "new", "b", "gone"]
+
+
+def test_what_is_compared_is_bounded_whatever_a_context_holds() -> None:
+    big = {"list": list(range(1_000_000)), "dicts": [{n: n} for n in range(20_000)]}
+    ctx = make_ctx(custom_data={"small": [1], **big})
+    idle = [step(f"idle{number}", hook="on_after_init") for number in range(100)]
+    started = time.perf_counter()
+    call(*idle, ctx=ctx, hook="on_after_init")
+    run(ctx, *[lambda ctx: ctx.custom_data.update(new=object())] * 5)
+    assert time.perf_counter() - started < 1  # 3 s where a million items are compared
+
+
+def test_of_a_large_container_its_length_and_identity_are_compared() -> None:
+    class Grows:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            ctx.custom_data["big"] = list(range(20_000))
+
+        def on_before_download(self, ctx: CallbackCtx) -> None:
+            ctx.custom_data["big"][0] = "is not noticed"
+
+        def on_after_init(self, ctx: CallbackCtx) -> None:
+            ctx.custom_data["big"].append(1)
+            ctx.custom_data["hf_token"] = ["s3cr3t"] * 20_000
+
+    ctx, manager = make_ctx(), make_manager(Grows)
+    for hook in ("on_before_init", "on_before_download", "on_after_init"):
+        getattr(manager.hook, hook)(ctx=ctx)
+    assert [[str(change) for change in entry.changes] for entry in ctx.trace] == [
+        ["custom_data.big: <absent> -> <list of 20000 items>"],
+        [],
+        [
+            "custom_data.big: <list of 20000 items> -> <list of 20001 items>",
+            "custom_data.hf_token: <absent> -> ***",
+        ],
+    ]
+
+
+def test_a_container_in_itself_is_no_trouble() -> None:
+    class Circles:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            circle: list[object] = []
+            circle.append(circle)
+            ctx.custom_data["circle"] = circle
+
+        def on_after_init(self, ctx: CallbackCtx) -> None:
+            pass
+
+    ctx, manager = make_ctx(), make_manager(Circles)
+    manager.hook.on_before_init(ctx=ctx)
+    manager.hook.on_after_init(ctx=ctx)
+    assert [entry.changed for entry in ctx.trace] == [("custom_data.circle",), ()]

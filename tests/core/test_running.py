@@ -1,12 +1,16 @@
 """Hooks run from an event loop: time limits, background work, clean-up."""
 
 import asyncio
+import re
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from plugins_for_tests import hook_log, make_ctx, make_manager
+from steps import EXITS, ON_EXIT
 
 from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo
 from rayserve_hooks.core import running, threads
@@ -297,16 +301,36 @@ def test_on_error_warn_logs_a_failed_background_task(caplog: pytest.LogCaptureFi
     assert calls(ctx) == [("A", "", "returned"), ("A", "fetch", "warned")]
 
 
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_an_exit_of_a_background_task_comes_through(
-    error: type[BaseException], on_error: str
+@pytest.mark.parametrize("error", EXITS)
+@pytest.mark.parametrize("kind", ["thread", "coroutine"])
+def test_an_exit_of_a_background_task_is_a_failure_of_its_callback(
+    error: type[BaseException], kind: str
 ) -> None:
     def exits() -> None:
-        raise error
+        raise error("out")
 
-    with pytest.raises(error):
-        run(starts("A", exits, on_error=on_error))
+    async def exits_async() -> None:
+        exits()
+
+    task = exits if kind == "thread" else exits_async
+    ctx = make_ctx()
+    with pytest.raises(HookError) as caught:
+        run(starts("A", task, on_error="warn"), ctx=ctx)
+    assert str(caught.value).startswith("callback 'A' failed in hook on_before_init")
+    assert re.search(
+        rf"its background task '{task.__name__}' raised .*{error.__name__}: out{ON_EXIT}$",
+        str(caught.value),
+    )
+    assert calls(ctx)[1] == ("A", task.__name__, "failed")
+
+
+def test_awaiting_a_background_task_that_exits_does_not_end_the_loop() -> None:
+    class Waits:
+        async def on_before_init(self, ctx: Any) -> None:
+            await asyncio.wrap_future(ctx.run_in_background(sys.exit, "out"))
+
+    with pytest.raises(HookError, match=r"callback 'Waits' failed .*SystemExit: out"):
+        run(Waits)
 
 
 def test_a_background_task_that_raises_stop_iteration_fails_like_any_other() -> None:
@@ -444,6 +468,26 @@ def test_an_async_hook_that_waits_for_ever_is_named() -> None:
         asyncio.run(limited(make_manager(hooked(waits)), ctx))
     assert str(caught.value) == f"callback 'waits' {TOO_LATE}"
     assert calls(ctx) == [("waits", "", "timed out")]
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_an_async_hook_that_blocks_its_loop_is_given_up_and_the_next_hook_works(
+    release: threading.Event,
+) -> None:
+    class Blocks:
+        async def on_before_init(self, ctx: CallbackCtx) -> None:
+            release.wait(FOREVER)
+
+        async def on_init_failed(self, ctx: CallbackCtx) -> None:
+            await asyncio.sleep(0)
+            ctx.custom_data["cleaned"] = True
+
+    ctx, started = make_ctx(), time.monotonic()
+    with pytest.raises(HookError, match=r"callback 'Blocks' failed .*the time limit 'on_before_i"):
+        asyncio.run(limited(make_manager(Blocks), ctx))
+    assert clean_up(make_manager(Blocks), ctx) == []
+    assert ctx.custom_data["cleaned"]
+    assert time.monotonic() - started < FOREVER / 3
 
 
 def test_a_step_without_a_callback_is_given_up_without_naming_one() -> None:

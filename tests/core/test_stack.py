@@ -19,7 +19,7 @@ from plugins_for_tests import (
     refused,
     sent,
 )
-from steps import step
+from steps import EXITS, step
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.limits import TimeLimits
@@ -467,3 +467,20 @@ def test_a_stack_travels_whole() -> None:
     stack = CallbackStack.parse([keeps()], {"total": 60}, on_error="warn").for_deployment("app")
     assert sent(stack) == stack
     assert sent(stack).key == stack.key
+
+
+@pytest.mark.parametrize("error", EXITS)
+def test_a_constructor_that_exits_is_named(error: type[BaseException]) -> None:
+    class Exits:
+        def __init__(self, token: str) -> None:
+            raise error(f"out with {token}")
+
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            pass
+
+    with pytest.raises(
+        CallbackConfigError,
+        match=rf"^callback 'Exits': exits where it is built: .*{error.__name__}: out with \*\*\*; "
+        "raise an Exception there instead$",
+    ):
+        make_stack({"callback": Exits, "kwargs": {"token": "s3cr3t-value"}}).build()
