@@ -436,7 +436,7 @@ class _Stage:
                 if stat.S_ISDIR(mode):
                     with contextlib.suppress(OSError):  # it is not empty
                         os.rmdir(path)
-                elif not stat.S_ISREG(mode) or os.path.relpath(path, top) not in paths:
+                elif not stat.S_ISREG(mode) or path[len(top) + 1 :] not in paths:
                     os.unlink(path)
 
 
@@ -492,14 +492,13 @@ def look(
 
 def _files_below(top: Path, but: Iterable[str]) -> dict[str, str]:
     """Return files and links, by their path below a folder, with where they are."""
-    found, but = {}, set(but)
+    found, but, above = {}, set(but), len(str(top)) + 1
     for folder, folders, names in os.walk(top):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in names + links:
             origin = os.path.join(folder, name)
-            path = os.path.relpath(origin, top)
-            if path not in but:
-                found[path] = origin
+            if origin[above:] not in but:
+                found[origin[above:]] = origin
     return found
 
 

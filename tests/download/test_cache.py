@@ -502,12 +502,12 @@ def kill_at_each_step(
     exchange: bool = True,
     mode: NodeModelDownloadable = ALL,
 ) -> int:
-    """Kill a download at each step, check what is there, and end it; return the steps."""
+    """Kill a download at its steps, check what is there, and end it; return how many there are."""
     end_uses()
     prepared = model.with_name("prepared")
     model.rename(prepared)
     variables = variables_of()
-    for step in range(0, 1000, 1 if exchange else 3):
+    for step in range(0, 1000, 2 if exchange else 5):
         shutil.rmtree(model, ignore_errors=True)
         subprocess.run(["cp", "-a", str(prepared), str(model)], check=True)
         arguments = (step, exchange, store.as_uri(), mode, variables)
