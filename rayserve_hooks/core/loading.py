@@ -60,7 +60,7 @@ def build(
     else:
         plugin = resolve(target) if isinstance(target, str) else target
         if is_a(plugin, type):
-            plugin = adapt(plugin, kwargs) or _checked_class(plugin, kwargs)
+            plugin = adapt(plugin, kwargs) or _checked_class(plugin, kwargs, construct)
         elif kwargs:
             raise CallbackConfigError(
                 f"kwargs {sorted(kwargs)} given for {type(plugin).__name__} {target!r}, which "
@@ -78,9 +78,12 @@ def raise_problems(problems: Sequence[str]) -> None:
         raise CallbackConfigError("; ".join(problems))
 
 
-def _checked_class(cls: type, kwargs: Mapping[str, Any]) -> Unbuilt:
+def _checked_class(cls: type, kwargs: Mapping[str, Any], construct: bool) -> Unbuilt:
     unbuilt = Unbuilt(cls)
-    raise_problems([*hook_problems(unbuilt), *argument_problems(cls, kwargs)])
+    # A constructor that checks its own arguments finds all that is wrong, and not only names.
+    raise_problems(
+        [*hook_problems(unbuilt), *([] if construct else argument_problems(cls, kwargs))]
+    )
     return unbuilt
 
 
@@ -92,13 +95,13 @@ def _construct(cls: type, kwargs: Mapping[str, Any]) -> object:
         if texts == error.problems:
             raise
         raise CallbackConfigError(*texts) from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a constructor may refuse with any exception
+    except Exception as error:  # a constructor may refuse with any exception
         if is_validation_error(error):
             known = sorted(getattr_static(cls, "__pydantic_fields__", {}))
             texts = tuple(p.in_call(cls.__name__) for p in problems_of(error, known, "argument"))
             raise CallbackConfigError(*(redact(text, kwargs) for text in texts)) from None
+        if isinstance(error, TypeError):
+            raise_problems(argument_problems(cls, kwargs))
         reason = redact(describe(error), kwargs)
         raise CallbackConfigError(
             f"{_called(cls)} refused kwargs {sorted(kwargs)}: {reason}"

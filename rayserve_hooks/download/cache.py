@@ -30,7 +30,6 @@ import secrets
 import shutil
 import socket
 import stat
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,8 +39,8 @@ from typing import Self
 
 from rayserve_hooks.download.checksums import Heads, checksum_of, expected_checksum
 from rayserve_hooks.download.node_lock import (
-    LOCK_DIR_VARIABLE,
     folder_lock,
+    lock_folder,
     shared_lock_reaches_other_nodes,
 )
 from rayserve_hooks.download.partials import remove_stale
@@ -563,7 +562,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _node_name() -> str:
     """Return what tells processes that share a cache, but no lock of a node, from each other."""
-    folder = os.environ.get(LOCK_DIR_VARIABLE) or tempfile.gettempdir()
+    folder = lock_folder()
     parts: list[object] = [socket.gethostname(), os.geteuid()]
     with contextlib.suppress(OSError):
         parts.append(os.stat(folder).st_ino)

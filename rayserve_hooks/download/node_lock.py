@@ -74,8 +74,7 @@ def node_lock(folder: Path, purpose: str, caller: Caller) -> Iterator[None]:
     """
     # Of the bytes: a name that is no UTF-8 is a name all the same.
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
-    configured = os.environ.get(LOCK_DIR_VARIABLE)
-    path = Path(configured or _default_folder())
+    configured, path = os.environ.get(LOCK_DIR_VARIABLE), lock_folder()
     try:
         if configured:
             fd = shared_folder(path, way_out=_COMMON_FOLDER)
@@ -320,6 +319,11 @@ def _wait(file: _LockFile, shown: Path, caller: Caller) -> OSError | None:
             text = "%s: waiting for %s, %.0f s"
             caller.logger.info(text, shown, file.owner(), now - started)
         time.sleep(_POLL_S)
+
+
+def lock_folder() -> Path:
+    """Return the folder of this node's locks; it need not exist."""
+    return Path(os.environ.get(LOCK_DIR_VARIABLE) or _default_folder())
 
 
 def _default_folder() -> str:
