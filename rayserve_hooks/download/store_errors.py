@@ -36,7 +36,7 @@ _ADVICE = {
     "InvalidToken": "check the session token: it belongs to another key, or is cut off",
     "ExpiredToken": "the session token has expired: get a new one, or let a role refresh it",
     "TokenRefreshRequired": "the session token has expired: get a new one",
-    "NoSuchBucket": "check the bucket's name and the endpoint",
+    "NoSuchBucket": _MISSING,
     "ContainerNotFound": "check the container's and the account's name",
     "NoSuchKey": _MISSING,
     "BlobNotFound": _MISSING,

@@ -342,7 +342,7 @@ class TestCredentials:
         (403, "InvalidAccessKeyId", "check that the access key exists in this store"),
         (400, "ExpiredToken", "the session token has expired: get a new one"),
         (403, "RequestTimeTooSkewed", "set the clock of this node, or of the store"),
-        (404, "NoSuchBucket", "check the bucket's name and the endpoint"),
+        (404, "NoSuchBucket", "check bucket, path and endpoint"),
         (404, "NoSuchKey", "check bucket, path and endpoint"),
         (400, "KMS.DisabledException", "check that the object's key is enabled"),
         (301, "PermanentRedirect", "check the region, and that the endpoint is that of the bucket"),
