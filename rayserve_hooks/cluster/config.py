@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_validator,
+)
 from ray import cloudpickle
 from ray.serve.llm import LLMConfig as RayLLMConfig
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.stacks import parse
+from rayserve_hooks.core.inspection import is_a
 from rayserve_hooks.core.manager import manager_of
+from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
 
@@ -76,7 +85,9 @@ class LLMConfig(RayLLMConfig):
                 )
         callback = data.pop("callback", None)
         if callback is not None:
-            if data.get("callbacks"):
+            given = data.get("callbacks")
+            # Not its truth value, which of a value of any class may be code.
+            if given is not None and not (is_a(given, (list, tuple)) and len(given) == 0):
                 raise CallbackConfigError(
                     "both callback and callbacks are given; list all of them in callbacks"
                 )
@@ -84,13 +95,17 @@ class LLMConfig(RayLLMConfig):
         return data
 
     @model_validator(mode="after")
-    def _plug_in_callbacks(self) -> LLMConfig:
-        if not self.callbacks and not self.time_limits:
-            return self
+    def _check_callbacks(self) -> LLMConfig:
+        self._plug_in_callbacks()
+        return self
+
+    def _plug_in_callbacks(self) -> None:
         settings = self.callback_config
+        if not self.callbacks and not self.time_limits and "stack" not in settings.callback_kwargs:
+            return
         already = settings.callback_kwargs.get("callbacks")
         ours = _ray.runs_hooks(settings.callback_class)
-        if list(already) != self.callbacks if already else not ours:
+        if not _same(already, self.callbacks) if already is not None else not ours:
             raise CallbackConfigError(
                 "both callbacks and callback_config are given; list all callbacks in callbacks"
             )
@@ -105,4 +120,43 @@ class LLMConfig(RayLLMConfig):
         # In place of the objects: what travels is the callbacks as they are configured here.
         self.callbacks = list(stack.entries)
         self.callback_config = _ray.hooks_callback_config(stack, settings.raise_error_on_callback)
-        return self
+
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> LLMConfig:
+        """Return a copy; unlike other fields, callbacks and limits in ``update`` are checked."""
+        copied = super().model_copy(update=update, deep=deep)
+        if update and not {"callbacks", "time_limits"}.isdisjoint(update):
+            copied._plug_in_callbacks()  # noqa: SLF001 - it is one of these
+        return copied
+
+    # What is dumped can be read again, by this class and, but for its own fields, by Ray's.
+
+    @field_serializer("callbacks")
+    def _write_callbacks(self, callbacks: Sequence[object], info: SerializationInfo) -> list[Any]:
+        as_text = info.mode == "json"
+        entries = (entry for entry in callbacks if isinstance(entry, CallbackEntry))
+        return [entry.written(as_text) for entry in entries]
+
+    @field_serializer("callback_config", mode="wrap")
+    def _write_callback_config(
+        self, settings: Any, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> Any:
+        stack = settings.callback_kwargs.get("stack")
+        if not isinstance(stack, CallbackStack):
+            return handler(settings)
+        kwargs = {"callbacks": self._write_callbacks(stack.entries, info)}
+        if self.time_limits:
+            kwargs["time_limits"] = dict(self.time_limits)  # type: ignore[assignment]
+        return {
+            "callback_class": settings.callback_class,
+            "callback_kwargs": kwargs,
+            "raise_error_on_callback": settings.raise_error_on_callback,
+        }
+
+
+def _same(already: Any, callbacks: list[Any]) -> bool:
+    try:
+        return bool(list(already) == callbacks)
+    except Exception:  # a value of any class may refuse to be compared
+        return False

@@ -30,6 +30,7 @@ from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 
 _KEYS = ("callback", "kwargs", "name", "on_error", "only_on_cluster")
 
+_INSTANCE = "<instance of"
 _ELSEWHERE = re.compile(r"__(mp_)?main__(?=[.:]|$)")
 
 DISABLE_VARIABLE = "RAYSERVE_HOOKS_DISABLE"
@@ -79,6 +80,11 @@ class CallbackEntry:
             default_name = callback.replace(":", ".").rpartition(".")[2]
         name = self.name or default_name
         object.__setattr__(self, "name", name)
+        if isinstance(callback, str) and callback.startswith(_INSTANCE):
+            raise CallbackConfigError(
+                f"callback {name!r} was an instance, which no file can hold; name the class with "
+                "kwargs"
+            )
         if isinstance(callback, str) and _ELSEWHERE.match(callback):
             raise CallbackConfigError(
                 f"callback {callback!r}: in every other process {callback[:8]!r} is another "
@@ -149,6 +155,26 @@ class CallbackEntry:
             raise CallbackConfigError(
                 f"callback {self.name!r} cannot be sent to another process: {reason}; {advice}"
             ) from error
+
+    def written(self, as_text: bool) -> dict[str, Any]:
+        """Return the item of a config's list that makes this entry.
+
+        Args:
+            as_text: For a file, where a class is named. An instance is only described there, and
+                refused by whoever reads it.
+        """
+        callback = self.callback
+        if isinstance(callback, Instance) and as_text:
+            callback = f"{_INSTANCE} {callback.class_name}>"
+        elif isinstance(callback, type) and as_text:
+            callback = f"{callback.__module__}:{callback.__qualname__}"
+        written = {"callback": callback, "name": self.name}
+        optional = {
+            "kwargs": dict(self.kwargs),
+            "on_error": self.on_error,
+            "only_on_cluster": self.only_on_cluster,
+        }
+        return written | {key: value for key, value in optional.items() if value}
 
     def __repr__(self) -> str:
         # kwargs' values stay out of logs: they may be secrets.
@@ -361,7 +387,9 @@ def _callback(value: object, where: str, rest: str) -> str | type | Instance:
         )
     if issubclass(kind, ModuleType):
         return typing.cast("ModuleType", value).__name__
-    return typing.cast("str | type", value) if issubclass(kind, str | type) else Instance(value)
+    if issubclass(kind, str | type | Instance):  # an Instance is what dumping a config leaves
+        return typing.cast("str | type | Instance", value)
+    return Instance(value)
 
 
 _ALIASES = (GenericAlias, UnionType, type(typing.Sequence[int]))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import pickle
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 import rayserve_hooks
@@ -262,3 +268,120 @@ def test_an_instance_in_a_config_of_ray_that_cannot_travel() -> None:
     config = config_of_ray(callback)
     with pytest.raises(ValueError, match="its attribute 'stream', a generator"):
         stack_of(config)
+
+
+@dataclass
+class Uncomparable:  # noqa: PLW1641 - as a dataclass is
+    size: int = 1
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("do not compare")
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("do not ask")
+
+    def on_before_init(self, ctx: Any) -> None: ...
+
+
+EVERY_FORM: list[list[Any]] = [
+    ["test_config:Callback"],
+    [
+        {"callback": "test_config.Callback", "kwargs": {"token": "x"}, "name": "a"},
+        "download_policy",
+    ],
+    [Callback, {"callback": Callback, "name": "b", "on_error": "warn"}],
+    [{"callback": "only_there:Fetch", "only_on_cluster": True}],
+]
+INSTANCES: list[list[Any]] = [[Callback("x")], [Uncomparable(2)]]
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "model_dump": lambda config: type(config).model_validate(config.model_dump()),
+    "model_copy": lambda config: config.model_copy(),
+    "deep model_copy": lambda config: config.model_copy(deep=True),
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda config: pickle.loads(pickle.dumps(config)),
+    "model_dump_json": lambda config: type(config).model_validate_json(config.model_dump_json()),
+    "yaml": lambda config: type(config)(
+        **yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    ),
+}
+IN_PYTHON = list(WAYS)[:5]
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("callbacks", EVERY_FORM)
+def test_a_config_is_dumped_and_copied_with_its_callbacks(how: str, callbacks: list[Any]) -> None:
+    config = make(model_id="m", callbacks=callbacks, time_limits={"total": 60})
+    again = WAYS[how](config)
+    assert [entry.name for entry in again.callbacks] == [e.name for e in config.callbacks]
+    assert stack_of(again).time_limits == stack_of(config).time_limits
+    for here, there in zip(config.callbacks, again.callbacks, strict=True):
+        assert (here.kwargs, here.on_error) == (there.kwargs, there.on_error)
+        assert here.only_on_cluster == there.only_on_cluster
+    assert WAYS[how](again).model_dump(mode="json") == config.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("how", IN_PYTHON)
+@pytest.mark.parametrize("callbacks", INSTANCES)
+def test_instances_are_dumped_and_copied_in_python(how: str, callbacks: list[Any]) -> None:
+    config = make(model_id="m", callbacks=callbacks)
+    again = WAYS[how](config)
+    assert order(again) == order(config)
+    assert get_plugin_manager(again) is get_plugin_manager(config)
+
+
+@pytest.mark.parametrize("callbacks", INSTANCES)
+def test_an_instance_is_described_in_a_file_and_refused_by_who_reads_it(
+    callbacks: list[Any],
+) -> None:
+    text = make(model_id="m", callbacks=callbacks).model_dump_json()
+    with pytest.raises(
+        ValidationError, match="was an instance, which no file can hold; name the class with kwargs"
+    ):
+        rayserve_hooks.LLMConfig.model_validate_json(text)
+
+
+def test_what_is_dumped_runs_in_rays_own_config() -> None:
+    from ray.serve.llm import LLMConfig
+
+    config = make(model_id="m", callbacks=[Callback, "download_policy"], time_limits={"total": 60})
+    dumped = config.model_dump(mode="json", exclude={"callbacks", "time_limits"})
+    ray_config = LLMConfig.model_validate(dumped)
+    assert order(ray_config) == order(config)
+    assert get_plugin_manager(ray_config).stack.time_limits.total == 60
+
+
+def test_a_copy_with_other_callbacks_has_those() -> None:
+    config = make(model_id="m", callback=Callback)
+    other = config.model_copy(update={"callbacks": ["download_policy"]})
+    assert (order(config), order(other)) == (["Callback"], ["download_policy"])
+    assert order(config.model_copy(update={"callbacks": []})) == []
+    with pytest.raises(ValueError, match=r"callback 'no_such\.X': no module named 'no_such'"):
+        config.model_copy(update={"callbacks": ["no_such.X"]})
+
+
+def test_a_config_that_is_gone_keeps_nothing() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackConfig
+    from ray.serve.llm import LLMConfig
+
+    references = []
+    for index in range(20):
+        callback = Callback("x" * index)
+        references.append(weakref.ref(callback))
+        make(model_id=f"m{index}", callback=callback)
+        kwargs = {"callbacks": [callback]}
+        settings = CallbackConfig("rayserve_hooks.HooksCallback", kwargs)
+        config = LLMConfig(model_loading_config={"model_id": "m"}, callback_config=settings)
+        assert get_plugin_manager(config) is get_plugin_manager(config)
+    del callback, config, settings, kwargs
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 20
+
+
+def test_two_ways_to_give_callbacks_are_refused_whatever_they_are() -> None:
+    with pytest.raises(ValidationError, match="both callback and callbacks are given"):
+        make(model_id="m", callback=Callback, callbacks=Uncomparable())
+    settings = {"callback_kwargs": {"callbacks": [Uncomparable()]}}
+    with pytest.raises(ValidationError, match="both callbacks and callback_config are given"):
+        make(model_id="m", callbacks=[Uncomparable()], callback_config=settings)
