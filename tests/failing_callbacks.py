@@ -128,6 +128,22 @@ class OnNode:
         raise RuntimeError(f"no {what}")
 
 
+class Waits:
+    """Wait for ever on every node but the replica's, after a line in a file."""
+
+    def __init__(self, path: str, fail: bool = False) -> None:
+        self.path, self.fail = Path(path), fail
+
+    async def on_before_download(self, ctx: CallbackCtx) -> None:
+        if ctx.node.is_local:
+            return
+        with self.path.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if self.fail:
+            raise RuntimeError("no such bucket")
+        await asyncio.Event().wait()
+
+
 class CrashTogether:
     """End the processes of some nodes at the same moment.
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -495,6 +496,58 @@ def test_cancelling_cleans_up_everywhere(ray_cluster: Any, third: Any, log: Path
     errors = {call["node"]: call["error"] for call in calls(log, "on_init_failed")}
     assert len(errors) == 3
     assert errors[ray_cluster.head_id].startswith("CancelledError")
+
+
+ENDS = 20
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_nothing_is_left_behind(
+    ray_cluster: Any, log: Path, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.util.placement_group import placement_group
+
+    bundles = [{"CPU": 1.0, "node:__internal_head__": 0.001}, {"other": 1.0}]
+    group = placement_group(bundles, "STRICT_SPREAD")
+    waits = {
+        "callback": "failing_callbacks:Waits",
+        "kwargs": {"path": str(log), "fail": how == "failed"},
+    }
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    llm_config = rayserve_hooks.LLMConfig(
+        model_id="tiny", callbacks=[waits], runtime_env={"env_vars": {"TMPDIR": str(temporary)}}
+    )
+
+    def pids() -> list[int]:
+        return list(map(int, log.read_text().split())) if log.exists() else []
+
+    async def end(number: int) -> None:
+        call = rayserve_hooks.initialize_node(llm_config, placement_group=group)
+        task = asyncio.create_task(call)
+        while len(pids()) <= number:  # noqa: ASYNC110 - another process writes it
+            await asyncio.sleep(0.02)
+        if how == "cancelled":
+            task.cancel()
+        with pytest.raises((asyncio.CancelledError, HookError)):
+            await task
+
+    asyncio.run(end(0))  # what is made once, such as the callbacks' loop, and torch's folder
+    files, threads = set(temporary.iterdir()), _own_threads()
+    for number in range(1, ENDS + 1):
+        asyncio.run(end(number))
+    for pid in pids():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(timeout=30)
+    assert set(temporary.iterdir()) == files
+    assert not [path for path in files if "torch" not in path.name]
+    assert _own_threads() == threads
+
+
+def _own_threads() -> list[str]:
+    return sorted(t.name for t in threading.enumerate() if t.name.startswith("rayserve_hooks"))
 
 
 def test_no_group_that_was_made_here_is_left_after_a_limit(
