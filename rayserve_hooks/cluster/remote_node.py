@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rayserve_hooks.cluster.node_actor import NodeActor
 from rayserve_hooks.cluster.travel import CleanUp, NodeReply, NodeRequest, NodeStatus
 from rayserve_hooks.context import NodeInfo, NodeResult
+from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.hooks import CLEAN_UP
 from rayserve_hooks.core.log import logger
@@ -67,7 +68,7 @@ class RemoteNode:
     async def wait(self) -> NodeResult:
         """Wait for the result, or for the error that has ended the node's initialization."""
         reply = await asyncio.shield(self._initializing)
-        return reply.unpacked()
+        return await threads.run_in_thread(reply.unpacked)
 
     async def _initialize(self) -> NodeReply:
         from ray.exceptions import RayError, RayTaskError

@@ -13,7 +13,7 @@ from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.errors import HookError, Phase, describe
-from rayserve_hooks.trace import TraceEntry
+from rayserve_hooks.trace import Trace, TraceEntry
 
 if TYPE_CHECKING:
     from rayserve_hooks.download.model import Mirror
@@ -63,7 +63,10 @@ class NodeReply:
 
     def unpacked(self) -> NodeResult:
         """Return the result with its ``custom_data`` loaded."""
-        return replace(self.result, custom_data=load_custom_data(self.custom_data))
+        trace = Trace(self.trace)
+        setters = {key: trace.who_changed(f"custom_data.{key}") for key in self.custom_data}
+        custom_data = load_custom_data(self.custom_data, self.result.node, setters)
+        return replace(self.result, custom_data=custom_data)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,9 @@ def context_of(
     ctx = CallbackCtx(
         llm_config=DeferredConfig(functools.partial(pickle.loads, request.config)),
         node=request.node,
-        custom_data=load_custom_data(request.custom_data),
+        custom_data=load_custom_data(
+            request.custom_data, request.node, request.custom_data_setters
+        ),
         **request.fields,
     )
     recorder = Recorder(ctx, role="node", attempt=attempt, on_call=on_call)
@@ -100,8 +105,21 @@ def context_of(
     return ctx
 
 
-def load_custom_data(packed: dict[str, bytes]) -> dict[str, Any]:
-    return {key: pickle.loads(data) for key, data in packed.items()}
+def load_custom_data(packed: dict[str, bytes], node: NodeInfo, setters: Setters) -> dict[str, Any]:
+    """Load what `pack_custom_data` has packed; a value that refuses is an error naming it."""
+    loaded = {}
+    for key, data in packed.items():
+        try:
+            loaded[key] = pickle.loads(data)
+        except BaseException as error:  # any class can refuse in its own way, or exit
+            raise entry_error(
+                setters.get(key),
+                node,
+                Phase.BEFORE_DOWNLOAD,
+                f"ctx.custom_data[{key!r}] cannot be built again in another process: "
+                f"{describe(error)}; store plain data there and keep the object on the callback",
+            ) from error
+    return loaded
 
 
 def pack_custom_data(ctx: CallbackCtx, set_before: Setters | None = None) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_a_value_that_nobody_set_cannot_travel_either() -> None:
 
 def test_custom_data_arrives_as_a_copy() -> None:
     ctx = make_ctx(custom_data={"a": [1]})
-    copy = load_custom_data(pack_custom_data(ctx))
+    copy = load_custom_data(pack_custom_data(ctx), ctx.node, {})
     assert copy == {"a": [1]}
     assert copy["a"] is not ctx.custom_data["a"]
 
@@ -120,3 +121,37 @@ def test_a_reply_has_the_custom_data_of_its_node() -> None:
     reply = NodeReply(result, pack_custom_data(make_ctx(custom_data={"b": 2})), {}, [])
     assert dict(sent(reply).unpacked().custom_data) == {"b": 2}
     assert result.custom_data == {}
+
+
+class ExitsWhenLoaded:
+    def __reduce__(self) -> tuple[object, ...]:
+        return sys.exit, ("out",)
+
+
+class BreaksWhenLoaded:
+    def __reduce__(self) -> tuple[object, ...]:
+        return int, ("no number",)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(ExitsWhenLoaded(), "SystemExit: out"), (BreaksWhenLoaded(), "ValueError: invalid literal")],
+)
+def test_a_value_that_cannot_be_built_again_names_key_and_callback(
+    value: object, text: str
+) -> None:
+    ctx = make_ctx()
+
+    class Sets:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            ctx.custom_data["client"] = value
+
+    make_manager(Sets).hook.on_before_init(ctx=ctx)
+    packed, setters = pack_custom_data(ctx), {"client": ctx.trace[0]}
+    with pytest.raises(
+        HookError,
+        match=r"^callback 'Sets' failed in hook .*ctx.custom_data\['client'\] cannot "
+        rf"be built again in another process: {text}.*; store plain data there and keep the object "
+        "on the callback$",
+    ):
+        load_custom_data(packed, ctx.node, setters)  # type: ignore[arg-type]
