@@ -60,14 +60,18 @@ def build(
     else:
         plugin = resolve(target) if isinstance(target, str) else target
         if is_a(plugin, type):
-            plugin = adapt(plugin, kwargs) or _checked_class(plugin, kwargs)
+            plugin = adapt(plugin, kwargs) or Unbuilt(plugin)
         elif kwargs:
             raise CallbackConfigError(
                 f"kwargs {sorted(kwargs)} given for {type(plugin).__name__} {target!r}, which "
                 "takes none; name a class, or drop kwargs"
             )
-        if is_a(plugin, Unbuilt) and construct:
-            plugin = _construct(plugin.cls, kwargs)
+        if is_a(plugin, Unbuilt):
+            raise_problems(hook_problems(plugin))
+            if construct:
+                plugin = _construct(plugin.cls, kwargs)
+            else:
+                raise_problems(argument_problems(plugin.cls, kwargs))
     raise_problems(hook_problems(plugin))
     return plugin
 
@@ -76,12 +80,6 @@ def raise_problems(problems: Sequence[str]) -> None:
     """Raise what is wrong with one callback, if anything, as one text."""
     if problems:
         raise CallbackConfigError("; ".join(problems))
-
-
-def _checked_class(cls: type, kwargs: Mapping[str, Any]) -> Unbuilt:
-    unbuilt = Unbuilt(cls)
-    raise_problems([*hook_problems(unbuilt), *argument_problems(cls, kwargs)])
-    return unbuilt
 
 
 def _construct(cls: type, kwargs: Mapping[str, Any]) -> object:
@@ -99,6 +97,8 @@ def _construct(cls: type, kwargs: Mapping[str, Any]) -> object:
             known = sorted(getattr_static(cls, "__pydantic_fields__", {}))
             texts = tuple(p.in_call(cls.__name__) for p in problems_of(error, known, "argument"))
             raise CallbackConfigError(*(redact(text, kwargs) for text in texts)) from None
+        if isinstance(error, TypeError):  # Python's own, where it is about the arguments
+            raise_problems(argument_problems(cls, kwargs))
         reason = redact(describe(error), kwargs)
         raise CallbackConfigError(
             f"{_called(cls)} refused kwargs {sorted(kwargs)}: {reason}"
