@@ -43,8 +43,18 @@ class NodeModelDownloadable(enum.Enum):
         if isinstance(name, str) and name in cls.__members__:
             return cls[name]
         raise ValueError(
-            f"{value!r} is not a download mode; use one of {', '.join(sorted(cls.__members__))}"
+            f"{_shown(value)} is not a download mode; use one of "
+            f"{', '.join(sorted(cls.__members__))}"
         )
+
+
+def _shown(value: object) -> str:
+    """Return the repr of a plain value; that of another object may show anything."""
+    inner = [value.value] if isinstance(value, enum.Enum) else [value]
+    if type(value) in (list, tuple):
+        inner = list(value)  # type: ignore[call-overload]
+    plain = all(type(item) in (str, int, bool, float, type(None)) for item in inner)
+    return repr(value) if plain else f"a {type(value).__name__}"
 
 
 DownloadMode = (

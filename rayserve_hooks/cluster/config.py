@@ -20,6 +20,7 @@ from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.stacks import parse
 from rayserve_hooks.core.inspection import is_a
 from rayserve_hooks.core.manager import manager_of
+from rayserve_hooks.core.masking import shown
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
@@ -75,13 +76,14 @@ class LLMConfig(RayLLMConfig):
         model_id = data.pop("model_id", None)
         if model_id is not None:
             loading = data.setdefault("model_loading_config", {"model_id": model_id})
-            named = loading.get("model_id") if isinstance(loading, dict) else loading.model_id
-            if named is None:
+            in_dict = isinstance(loading, dict)
+            named = loading.get("model_id") if in_dict else getattr(loading, "model_id", model_id)
+            if named is None and in_dict:
                 data["model_loading_config"] = {**loading, "model_id": model_id}
             elif named != model_id:
                 raise CallbackConfigError(
-                    f"model_id {model_id!r} and model_loading_config's model_id {named!r} "
-                    "differ; give one of them"
+                    f"model_id {shown(model_id)} and model_loading_config's model_id "
+                    f"{shown(named)} differ; give one of them"
                 )
         callback = data.pop("callback", None)
         if callback is not None:

@@ -60,14 +60,18 @@ def build(
     else:
         plugin = resolve(target) if isinstance(target, str) else target
         if is_a(plugin, type):
-            plugin = adapt(plugin, kwargs) or _checked_class(plugin, kwargs, construct)
+            plugin = adapt(plugin, kwargs) or Unbuilt(plugin)
         elif kwargs:
             raise CallbackConfigError(
                 f"kwargs {sorted(kwargs)} given for {type(plugin).__name__} {target!r}, which "
                 "takes none; name a class, or drop kwargs"
             )
-        if is_a(plugin, Unbuilt) and construct:
-            plugin = _construct(plugin.cls, kwargs)
+        if is_a(plugin, Unbuilt):
+            raise_problems(hook_problems(plugin))
+            if construct:
+                plugin = _construct(plugin.cls, kwargs)
+            else:
+                raise_problems(argument_problems(plugin.cls, kwargs))
     raise_problems(hook_problems(plugin))
     return plugin
 
@@ -76,15 +80,6 @@ def raise_problems(problems: Sequence[str]) -> None:
     """Raise what is wrong with one callback, if anything, as one text."""
     if problems:
         raise CallbackConfigError("; ".join(problems))
-
-
-def _checked_class(cls: type, kwargs: Mapping[str, Any], construct: bool) -> Unbuilt:
-    unbuilt = Unbuilt(cls)
-    # A constructor that checks its own arguments finds all that is wrong, and not only names.
-    raise_problems(
-        [*hook_problems(unbuilt), *([] if construct else argument_problems(cls, kwargs))]
-    )
-    return unbuilt
 
 
 def _construct(cls: type, kwargs: Mapping[str, Any]) -> object:
@@ -100,7 +95,7 @@ def _construct(cls: type, kwargs: Mapping[str, Any]) -> object:
             known = sorted(getattr_static(cls, "__pydantic_fields__", {}))
             texts = tuple(p.in_call(cls.__name__) for p in problems_of(error, known, "argument"))
             raise CallbackConfigError(*(redact(text, kwargs) for text in texts)) from None
-        if isinstance(error, TypeError):
+        if isinstance(error, TypeError):  # Python's own, where it is about the arguments
             raise_problems(argument_problems(cls, kwargs))
         reason = redact(describe(error), kwargs)
         raise CallbackConfigError(

@@ -138,6 +138,8 @@ class PluginManager(pluggy.PluginManager):
             )
         hooks = list(hook_functions(plugin, self.parse_hookimpl_opts))
         problems = signature_problems(plugin, {hook.attribute: hook for hook in hooks})
+        if problems and is_a(plugin, type):  # whose hooks have nobody to be called on
+            problems = [f"is the class itself; register {plugin.__name__}(), an instance of it"]
         if problems:
             raise CallbackConfigError(*(f"callback {name!r}: {problem}" for problem in problems))
         registered = RegisteredCallback(

@@ -385,3 +385,23 @@ def test_two_ways_to_give_callbacks_are_refused_whatever_they_are() -> None:
     settings = {"callback_kwargs": {"callbacks": [Uncomparable()]}}
     with pytest.raises(ValidationError, match="both callbacks and callback_config are given"):
         make(model_id="m", callbacks=[Uncomparable()], callback_config=settings)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"callbacks": Uncomparable()},
+        {"callbacks": {1: 2, "a": 3}},
+        {"callbacks": b"s3cret"},
+        {"callback": Uncomparable, "time_limits": Uncomparable()},
+        {"callback": {"callback": Uncomparable, "kwargs": {1: "s3cret", "a": 2}}},
+        {"time_limits": {1: 2, "total": "s3cret"}},
+        {"callback": Callback, "model_loading_config": 3},
+        {"callback": Callback, "callback_config": {"callback_kwargs": {"callbacks": 3}}},
+        {"callback": Callback, "callback_config": 3},
+    ],
+)
+def test_a_field_of_any_shape_is_a_validation_error(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        make(model_id="m", **fields)
+    assert "s3cret" not in str(caught.value)

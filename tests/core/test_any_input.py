@@ -159,6 +159,14 @@ CASES: list[tuple[object, str]] = [
         {"callback": Model, "kwargs": {"size": Secret()}},
         "callback 'Model': Model(size=<Secret>): write a whole number",
     ),
+    (
+        {"callback": "download_policy", "kwargs": {"local": Secret()}},
+        "callback 'download_policy': DownloadPolicy(local=<Secret>): a Secret is not a download",
+    ),
+    (
+        {"callback": "download_policy", "kwargs": {"local": b"s3cret"}},
+        "callback 'download_policy': DownloadPolicy(local=<bytes>): a bytes is not a download",
+    ),
     ({"callback": Plain, "name": Secret()}, "callbacks[0]: name is a Secret; write a string"),
     ({"callback": Plain, "name": b"s3cret"}, "callbacks[0]: name is a bytes; write a string"),
     ({"callback": Plain, "on_error": Secret()}, "callbacks[0]: on_error is <Secret>; use one of"),

@@ -716,6 +716,12 @@ class TestRegisteredByHand:
             f"{hook}() gives 'ctx' a default, but is always called with it; write 'def {hook}(",
         )
 
+    def test_a_class_instead_of_an_instance(self) -> None:
+        self.refuse(Slots, "is the class itself; register Slots(), an instance of it")
+        manager = make_manager()
+        manager.register(Static, "static")  # whose hooks need no instance
+        assert manager.hook.on_before_init(ctx=make_ctx()) == Handled(reason="Static")
+
     def test_an_old_style_hookwrapper(self) -> None:
         class Bad:
             @hookimpl(hookwrapper=True)
