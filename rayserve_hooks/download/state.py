@@ -17,7 +17,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -94,7 +94,7 @@ def _has_holes(path: str, size: int) -> bool:
 
 def record_of(file: RemoteFile, content: Content, path: str) -> Record:
     """Return the record of a complete file on disk."""
-    return Record(file.path, file.size, file.version, os.stat(path).st_mtime_ns, **asdict(content))
+    return Record(file.path, file.size, file.version, os.stat(path).st_mtime_ns, **vars(content))
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Manifest:
             OSError: It cannot be written.
         """
         verified = {record.verified for record in self.files.values()}
-        files = [asdict(self.files[path]) for path in sorted(self.files)]
+        files = [vars(self.files[path]) for path in sorted(self.files)]
         content = {
             "uri": uri,
             "source": self.source,
@@ -169,7 +169,7 @@ class Log:
         Raises:
             OSError: It cannot be written.
         """
-        line = json.dumps({"source": self._source, **asdict(record)})
+        line = json.dumps({"source": self._source, **vars(record)})
         with self._lock:
             if self._file is None:
                 try:
