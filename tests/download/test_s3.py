@@ -10,11 +10,13 @@ import os
 import random
 import re
 import socket
+import socketserver
 import ssl
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import moto_server
 import pytest
@@ -511,6 +513,78 @@ def test_whom_to_trust(
     assert "obstore" not in caplog.text
     assert "no checksum" not in caplog.text
     assert tls_server.count("HEAD") == 2
+
+
+class Tunnel(socketserver.BaseRequestHandler):
+    """A proxy that opens tunnels to whoever shows the password, and counts them."""
+
+    opened: ClassVar[list[str]] = []
+    answer: ClassVar[bytes] = b"200 OK"
+
+    def handle(self) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += self.request.recv(65536)
+        method, target, _ = head.split(b"\r\n")[0].split()
+        password = b"Proxy-Authorization: Basic dXNlcjpwYXNz\r\n" in head
+        self.opened.append(f"{method.decode()} {target.decode()} {password}")
+        self.request.sendall(b"HTTP/1.1 " + self.answer + b"\r\n\r\n")
+        if not self.answer.startswith(b"200"):
+            return
+        host, _, port = target.decode().partition(":")
+        with socket.create_connection((host, int(port))) as onwards:
+            back = threading.Thread(target=self._copy, args=(onwards, self.request))
+            back.start()
+            self._copy(self.request, onwards)
+            back.join()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def tunnel(
+    tls_server: s3.Server, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[type[Tunnel]]:
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    monkeypatch.setattr(Tunnel, "opened", [])
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Tunnel) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("https_proxy", f"http://user:pass@127.0.0.1:{proxy.server_address[1]}")
+        yield Tunnel
+        proxy.shutdown()
+        thread.join()
+
+
+def test_tls_goes_through_a_tunnel(tls_server: s3.Server, tunnel: type[Tunnel]) -> None:
+    assert download() == CONTENT
+    where = tls_server.url.removeprefix("https://")
+    assert set(tunnel.opened) == {f"CONNECT {where} True"}
+    # The listing, checksums and bytes; a tunnel is kept for further requests.
+    assert tls_server.connections == len(tunnel.opened) < len(tls_server.requests)
+
+
+@pytest.mark.parametrize(
+    ("answer", "advice"),
+    [
+        (b"407 Proxy Authentication Required", "the proxy wants a user and a password: write them"),
+        (b"403 Forbidden", "check the proxy, and whether it lets this host through"),
+    ],
+)
+def test_a_proxy_that_opens_no_tunnel_is_named(
+    answer: bytes, advice: str, tunnel: type[Tunnel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "answer", answer)
+    pattern = r"^cannot list s3://bucket/model: the proxy 'http://[^']*127.0.0.1:\d+': .*" + advice
+    with pytest.raises(DownloadError, match=pattern) as caught:
+        download()
+    assert "pass" not in str(caught.value).replace("password", "")
 
 
 def test_whom_nobody_trusts(tls_server: s3.Server) -> None:
