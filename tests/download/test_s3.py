@@ -435,6 +435,7 @@ def test_small_files_are_read_by_obstore(
     assert agents == {"Botocore", "object_store"}
 
 
+@pytest.mark.slow
 def test_the_same_settings_work_with_stock(moto: str, tmp_path: Path) -> None:
     from ray.llm._internal.common.utils.cloud_filesystem.s3_filesystem import S3FileSystem
 

@@ -58,6 +58,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 class TestOnMoto:
     @pytest.mark.parametrize("prefix", ODD)
     @pytest.mark.parametrize("slash", ["", "/"])
