@@ -889,7 +889,8 @@ class TestProgress:
 
     def test_the_bar_starts_where_the_last_run_ended(self, server: s3.Server, model: Path) -> None:
         break_off(server)
-        published = 2 * len(list(model.glob(".rayserve_hooks/stage/config.json")))  # it may be, or not yet
+        # It may be there, or not yet.
+        published = 2 * len(list(model.glob(".rayserve_hooks/stage/config.json")))
         reused = 5 * RANGE + 1000 + 2 - missing_bytes(server)
         bars: list[Bar] = []
         download_node("org/tiny", Mirror(URI), ALL, caller=with_bars(bars))
