@@ -135,8 +135,9 @@ def test_nodes_that_crash_at_the_same_time_are_all_cleaned_up(
     ) as caught:
         initialize(config(log, {"callback": "failing_callbacks:CrashTogether", "kwargs": kwargs}))
     assert caught.value.cleanup_errors == []
-    cleaned = [call["node"] for call in calls(log, "on_init_failed")]
-    assert sorted(cleaned) == sorted([*nodes, ray_cluster.head_id])
+    # Where a process is asked to clean up just before it crashes, the next one cleans up again.
+    cleaned = {call["node"] for call in calls(log, "on_init_failed")}
+    assert cleaned == {*nodes, ray_cluster.head_id}
 
 
 def test_a_crash_in_a_clean_up_is_reported_and_the_others_clean_up(
