@@ -14,6 +14,7 @@ import io
 import random
 import re
 import socket
+import struct
 import threading
 import time
 from collections import defaultdict, deque
@@ -39,6 +40,8 @@ _POLL_S = 1.0
 # Each buffer costs a thread a few acquisitions of the GIL, so larger is better, up to the point
 # where the kernel takes longer to find contiguous memory for the page cache.
 _BUFFER_BYTES = 3 * 2**17
+# Of the buffer that answers' heads go through.
+_HEAD_BYTES = 2**14
 # A part is handed on after this time, also if the buffer is not full: for progress and cancelling.
 _PART_S = 0.5
 _TEXT_BYTES = 64 * 2**20
@@ -131,6 +134,10 @@ class _Wire(io.RawIOBase):
         self._sock, self._limit_s, self._stopped = sock, limit_s, stopped
         # Keeps the socket open where the connection is closed before its last body is read.
         self._file = sock.makefile("rb", buffering=0)
+        # Let the kernel fill a large buffer: one call, where there would be one for each packet or
+        # two. Set for a body of known length, so that it never waits for what is not to come.
+        self.fills = False
+        self._can_fill = sock.gettimeout() is None
         self._waited, self._received = 0.0, 0
 
     def readable(self) -> bool:
@@ -140,8 +147,11 @@ class _Wire(io.RawIOBase):
         while True:
             before = time.monotonic()
             count = None
-            with contextlib.suppress(TimeoutError):
-                count = self._sock.recv_into(buffer)
+            flags = 0
+            if self.fills and self._can_fill and len(buffer) > _HEAD_BYTES:
+                flags = socket.MSG_WAITALL
+            with contextlib.suppress(TimeoutError, BlockingIOError):
+                count = self._sock.recv_into(buffer, 0, flags)
             # The time in which the reader is busy elsewhere is not the sender's.
             self._waited += time.monotonic() - before
             self._received += count or 0
@@ -278,7 +288,14 @@ class Pool:
         except BaseException:
             made.close()
             raise
-        made.sock.settimeout(_POLL_S)
+        if isinstance(made, http.client.HTTPSConnection):
+            made.sock.settimeout(_POLL_S)
+        else:
+            # Not Python's own, with which a call returns what is there, however little.
+            made.sock.settimeout(None)
+            for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                limit = struct.pack("ll", int(_POLL_S), int(_POLL_S % 1 * 1e6))
+                made.sock.setsockopt(socket.SOL_SOCKET, direction, limit)
         return _Connection(made, memoryview(bytearray(_BUFFER_BYTES)))
 
     @contextlib.contextmanager
@@ -315,7 +332,7 @@ class _Timed:
         self._wire = _Wire(sock, limit_s, stopped)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self._wire, 2**14)
+        return io.BufferedReader(self._wire, _HEAD_BYTES)
 
 
 def _response(
@@ -355,6 +372,9 @@ def parts_of(response: http.client.HTTPResponse, buffer: memoryview, size: int) 
     """Yield the next ``size`` bytes of a body; a part is valid until the next iteration."""
     # Read past it, and the rest would wait for the next answer on the connection.
     sent = size if response.length is None else response.length
+    if response.length is not None:
+        wire: Any = response.fp.raw
+        wire.fills = True
     while size:
         room, filled = min(size, sent, len(buffer)), 0
         until = time.monotonic() + _PART_S

@@ -371,6 +371,7 @@ def test_one_client_serves_all_downloads_of_a_process(
         init(client, anonymous)
 
     monkeypatch.setattr(s3_source.Client, "__init__", counted)
+    monkeypatch.setattr(s3_source, "_clients", {})  # few are kept, and other tests have some
     for _ in range(2):
         open_source("s3://bucket/model")
         open_source("s3://anonymous@bucket/model")
