@@ -24,7 +24,9 @@ from rayserve_hooks.trace import TraceEntry
 T = TypeVar("T")
 
 _ATTEMPTS = 2  # of a process that is killed, for example for want of memory
-_CLEAN_UPS = 3  # processes that try: the node's own, one if that has crashed, one for the rest
+# Processes that try to clean up: the node's own, one if that has crashed, one for the rest, and one
+# because a process may crash before it was heard which callback it was in.
+_CLEAN_UPS = 4
 _STOP_S = 10.0
 _START_S = 60.0  # on top of the hook's own limit: a new worker process has to start
 
