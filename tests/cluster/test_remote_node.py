@@ -149,14 +149,13 @@ def test_a_crash_in_a_clean_up_is_reported_and_the_others_clean_up(
     fails = {"callback": "lifecycle_callbacks:Fail", "kwargs": {"hook": "on_after_init"}}
     with pytest.raises(HookError, match="callback 'Fail' failed") as caught:
         initialize(config(log, crash, fails))
-    (failure,) = caught.value.cleanup_errors
-    assert re.match(
-        rf"(callback 'CrashTogether' failed in hook )?on_init_failed .*{third.node_id} \(.*\) "
-        r"\(phase: clean-up\): its process was killed or the node died; see the log of that "
-        # Of a process that crashes before it was heard which callback it was in.
-        r"process$|on_init_failed did not end: .*ActorDiedError",
-        str(failure),
+    # Of a process that crashes before it was heard which callback it was in, only that is known.
+    reported = re.compile(
+        r"on_init_failed.*: (its process was killed or the node died; see the log of that process$"
+        r"|ray\.exceptions\.ActorDiedError)"
     )
+    texts = [str(failure) for failure in caught.value.cleanup_errors]
+    assert any(map(reported.search, texts)), texts
     cleaned = {call["node"] for call in calls(log, "on_init_failed")}
     assert cleaned >= {ray_cluster.head_id, ray_cluster.other_id}
 
