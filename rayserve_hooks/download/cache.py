@@ -507,7 +507,7 @@ def _folders_above(path: str) -> Iterator[str]:
 
 
 def _link(origin: str, target: str, *, follow: bool = True) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links.
+    """Link a file to a second name, or copy it where the file system has no hard links.
 
     Args:
         origin: The file.

@@ -233,7 +233,7 @@ class _LockFile:
         return os.path.samestat(named, os.fstat(self.fd))
 
     def write_owner(self, purpose: str) -> None:
-        """Say in the file who has locked it; in another user's file that may be impossible."""
+        """Write into the file who has locked it; another user's file may not be writable."""
         # It only informs: a full disk must not end a download that may need no space.
         with contextlib.suppress(OSError):
             # Ray writes the name of a worker's actor or task where its command line was. Only the

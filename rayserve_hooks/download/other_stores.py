@@ -138,7 +138,7 @@ class OtherSource(Source):
         return True
 
     def _is_folder(self, file: RemoteFile) -> bool:
-        """Ask the store for the object of that very name: a marker's has a slash at its end."""
+        """Return whether the store has no object of that very name, as a marker ends in a slash."""
         if self.scheme == "file":
             return False
         try:
