@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 
 import processes
 import ray
 import requests
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import until
 
 import rayserve_hooks
 from rayserve_hooks.context import CallbackCtx, Handled
@@ -42,8 +42,8 @@ def initialize() -> dict[str, float]:
 
 def scraped(url: str) -> list[dict[str, object]]:
     """Return the samples of our metrics as soon as the second start is among them."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def both() -> list[dict[str, object]]:
         samples = [
             {"type": family.type, "name": sample.name, "value": sample.value, **sample.labels}
             for family in text_string_to_metric_families(requests.get(url, timeout=10).text)
@@ -51,10 +51,9 @@ def scraped(url: str) -> list[dict[str, object]]:
             if "rayserve_hooks" in sample.name
         ]
         runs = {s["value"] for s in samples if s["name"] == f"ray_{startup_metrics.RUNS}"}
-        if runs == {2.0}:
-            return samples
-        time.sleep(0.2)  # Ray's agent collects in intervals and offers nothing to wait on
-    raise AssertionError(f"{url} has no second start")
+        return samples if runs == {2.0} else []
+
+    return until(both)  # Ray's agent collects in intervals and offers nothing to wait on
 
 
 def main() -> None:

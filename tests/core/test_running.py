@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from plugins_for_tests import hook_log, make_ctx, make_manager
 from steps import EXITS, ON_EXIT
+from waiting import until_async
 
 from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo
 from rayserve_hooks.core import running, threads
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.manager import PluginManager
+from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import HookError, Phase
 
 HERE = "on node n1 (10.0.0.1)"
@@ -256,7 +258,7 @@ def test_a_failed_chain_ends_its_background_tasks() -> None:
             async def on_before_init(self, ctx: Any) -> None:
                 ctx.run_in_background(waits)
                 await waiting.wait()
-                await asyncio.sleep(2 * running._POLL_S)  # until the task has been noticed
+                await until_async(lambda: not recorder_of(ctx).background)  # it has been noticed
                 raise ValueError("boom")
 
         with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
