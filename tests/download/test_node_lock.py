@@ -177,7 +177,7 @@ def test_the_lock_of_a_crashed_owner_is_taken_over(
     with node_lock(tmp_path / "model", "mine", CALLER):
         owner = json.loads(lock_file(lock_dir).read_text())
         assert (owner["pid"], owner["purpose"]) == (os.getpid(), "mine")
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < FOREVER / 3
     assert lock_file(lock_dir).read_text() == ""
 
 
@@ -291,7 +291,7 @@ def test_waiting_ends_when_it_is_cancelled(
         node_lock(tmp_path / "model", "mine", Caller(LOGGER, check_cancelled=cancelled)),
     ):
         pass
-    assert 0.2 <= time.monotonic() - started < 5
+    assert 0.2 <= time.monotonic() - started < FOREVER / 3
 
 
 def test_cancellation_is_looked_for_about_once_per_second() -> None:

@@ -479,12 +479,12 @@ def test_an_object_of_an_absurd_size_is_refused_at_once(server: s3.Server, tmp_p
     files = [stores.RemoteFile("huge", 10**15, '"1"', "1"), *source.list_files().values()]
     for folder in ("files", "state"):
         (tmp_path / folder).mkdir()
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DownloadError, match=r"bytes free, but 1,0\d\d,\d+,\d+,\d+,\d+ are needed"):
         transfer.fetch(
             Heads(source), files, tmp_path / "files", tmp_path / "state", lambda *_: None
         )
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     assert server.count("GET") == 0
 
 
