@@ -183,7 +183,7 @@ def check_download_policy(work: Path, model: Path) -> str:
 
 def check_metrics(url: str) -> str:
     deadline = time.monotonic() + 30
-    name = "ray_rayserve_hooks_phase_seconds_sum"
+    name = "ray_rayserve_hooks_phase_seconds_total"
     while time.monotonic() < deadline:
         lines = [
             line

@@ -16,7 +16,8 @@ from rayserve_hooks.core.running import clean_up, with_background
 from rayserve_hooks.errors import HookError, Phase, describe
 from rayserve_hooks.trace import TraceEntry
 
-_RECEIPT_S = 0.5
+# Long enough for a replica on a busy machine. One that is gone takes this process along.
+_RECEIPT_S = 10.0
 _GIVE_UP_S = 2.0
 
 
@@ -73,6 +74,7 @@ class NodeActor:
 
         Returns soon, unless the process hangs.
         """
+        self._reports.close()  # the replica asks no more
         if self._stage is None or self._stage.done():
             return self._phase is not None
         self._stage.cancel()
@@ -89,7 +91,7 @@ class NodeActor:
         ``started`` names the callbacks that had started in another process of this node;
         ``followed`` is whether somebody asks for the status meanwhile.
         """
-        self._reports = _Reports(awaited=followed)
+        self._reports.reopen(awaited=followed)
         try:
             if self._ctx is None:
                 self._ctx = await threads.run_in_thread(
@@ -117,11 +119,12 @@ class NodeActor:
 class _Reports:
     """Counts what there is to report, and knows what has been received.
 
-    ``awaited`` is whether somebody is going to ask.
+    One for all calls of an actor: Ray begins those of one with an event loop in any order, so the
+    question for a status may be there before what it is about.
     """
 
-    def __init__(self, *, awaited: bool = True) -> None:
-        self._awaited = awaited
+    def __init__(self) -> None:
+        self._awaited = True  # whether somebody asks
         self._changed = threading.Condition()
         self._added = self._received = 0
         self._closed = False
@@ -136,17 +139,24 @@ class _Reports:
         self._closed = True
         self.add()
 
+    def reopen(self, *, awaited: bool) -> None:
+        """Let wait again; ``awaited`` is whether somebody is going to ask."""
+        with self._changed:
+            self._awaited, self._closed = awaited, False
+
     def after(self, seen: int) -> int:
         """Note that ``seen`` have been received, wait for more, and return how many there are."""
         with self._changed:
-            self._received = seen
+            self._awaited, self._received = True, seen
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._added > seen or self._closed)
             return self._added
 
     def wait_received(self) -> None:
-        """Wait, for a while, until everything so far has been received."""
+        """Wait until everything so far has been received; in vain once, until it asks again."""
         with self._changed:
             number = self._added
             if self._awaited:
-                self._changed.wait_for(lambda: self._received >= number or self._closed, _RECEIPT_S)
+                self._awaited = self._changed.wait_for(
+                    lambda: self._received >= number or self._closed, _RECEIPT_S
+                )

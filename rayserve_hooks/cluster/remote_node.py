@@ -24,9 +24,9 @@ from rayserve_hooks.trace import TraceEntry
 T = TypeVar("T")
 
 _ATTEMPTS = 2  # of a process that is killed, for example for want of memory
-# Processes that try to clean up: the node's own, one if that has crashed, one for the rest, and one
-# because a process may crash before it was heard which callback it was in.
-_CLEAN_UPS = 4
+# Processes that may end in a clean-up without having said in which callback: the node's own, if it
+# has crashed meanwhile, and one more. All others end the clean-up of a callback, at its second try.
+_SILENT_ENDS = 2
 _STOP_S = 10.0
 _START_S = 60.0  # on top of the hook's own limit: a new worker process has to start
 
@@ -162,7 +162,8 @@ class RemoteNode:
         """Clean up in the node's own process; where that is gone, or goes, in a new one."""
         from ray.exceptions import RayError, RayTaskError
 
-        for processes_left in reversed(range(_CLEAN_UPS)):
+        silent_ends = 0
+        while True:
             if self._actor is None:
                 request = self._request_to_clean_up(failures)
                 if not manager_of(request.stack).run_order()[CLEAN_UP]:
@@ -175,9 +176,10 @@ class RemoteNode:
             try:
                 outcome: CleanUp = await asyncio.wait_for(cleaning, limit and limit + _START_S)
             except RayError as problem:
-                if isinstance(problem, RayTaskError) or not processes_left:
+                if _innermost(self._calls, "running", CLEAN_UP) is None:
+                    silent_ends += 1
+                if isinstance(problem, RayTaskError) or silent_ends == _SILENT_ENDS:
                     raise
-                # Of a crash at the same time, or in on_init_failed.
                 self._actor = None
             else:
                 self._calls = outcome.trace
@@ -194,10 +196,11 @@ class RemoteNode:
         request, done = self._request, self._cleaned
         calls = [call for call in self._earlier if call.hook == CLEAN_UP]
         cut_off = Counter(call.callback for call in calls if call.outcome == "interrupted")
-        for call in calls:
-            if call.callback in done or (cut_off[call.callback] == 1 and call is calls[-1]):
+        for name, call in {call.callback: call for call in calls}.items():  # each one's last
+            interrupted = call.outcome == "interrupted"
+            if name in done or (interrupted and cut_off[name] < _ATTEMPTS):
                 continue
-            done.add(call.callback)
+            done.add(name)
             if call.outcome != "returned":
                 detail = "its process was killed or the node died; see the log of that process"
                 failures.append(entry_error(call, self.node, Phase.CLEAN_UP, detail))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import processes
 import pytest
 import requests
 import yaml
+from waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,15 +155,12 @@ def wait_until_running(name: str) -> None:
     """Poll, since Serve offers nothing to wait on for an application somebody else deploys."""
     from ray import serve
 
-    deadline = time.monotonic() + READY_S
-    while True:
+    def runs() -> bool:
         application = serve.status().applications.get(name)
-        if application is not None and application.status == "RUNNING":
-            return
-        failed = application is not None and application.status == "DEPLOY_FAILED"
-        assert not failed, application
-        assert time.monotonic() < deadline, application
-        time.sleep(0.5)
+        assert application is None or application.status != "DEPLOY_FAILED", application
+        return application is not None and application.status == "RUNNING"
+
+    until(runs, READY_S)
 
 
 def test_a_failing_callback_fails_the_deployment_by_name(

@@ -471,10 +471,10 @@ def test_what_is_compared_is_bounded_whatever_a_context_holds() -> None:
     big = {"list": list(range(1_000_000)), "dicts": [{n: n} for n in range(20_000)]}
     ctx = make_ctx(custom_data={"small": [1], **big})
     idle = [step(f"idle{number}", hook="on_after_init") for number in range(100)]
-    started = time.perf_counter()
+    started = time.process_time()  # of this process, whatever else the machine does
     call(*idle, ctx=ctx, hook="on_after_init")
     run(ctx, *[lambda ctx: ctx.custom_data.update(new=object())] * 5)
-    assert time.perf_counter() - started < 1  # 3 s where a million items are compared
+    assert time.process_time() - started < 1  # 3 s where a million items are compared
 
 
 def test_of_a_large_container_its_length_and_identity_are_compared() -> None:
