@@ -54,7 +54,7 @@ def raise_with(*secrets: Any) -> None:
         except KeyError:
             raise ConnectionError(
                 [f"https://me:{urllib.parse.quote(s, safe='')}@host/x?sig={s}" for s in secrets]
-            )  # noqa: B904 - with a context
+            )
     except ConnectionError as error:
         members = [ValueError(("Authorization", f"Bearer {secret}")) for secret in secrets]
         group = ExceptionGroup("all of them", [*members, error])

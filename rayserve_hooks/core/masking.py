@@ -182,5 +182,8 @@ def _in_text(text: str, secret: bool) -> Iterator[str]:
             line.strip() for line in unescaped.splitlines()[1:] if len(line) >= _SHORTEST_LINE
         )
     for start, end in given_away(text[:_LONGEST_LOOKED_INTO]):
-        if end - start >= _SHORTEST_SECRET:
-            yield text[start:end].replace("\\n", "\n").strip()
+        found = text[start:end].replace("\\n", "\n").strip()
+        # Of a URL's user and password also the password.
+        for part in {found, found.partition(":")[2] if "://" in text[:start] else found}:
+            if len(part) >= _SHORTEST_SECRET:
+                yield part

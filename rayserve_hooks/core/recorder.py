@@ -50,7 +50,9 @@ class Recorder:
     def secrets_among(self) -> tuple[object, ...]:
         """Where a context's secrets are: its fields, and its config where that is loaded."""
         config = self._state.llm_config
-        return self.values, () if isinstance(config, DeferredConfig) else config
+        # Of the config what the engine is given: the callbacks' arguments are known by callback.
+        engine = () if isinstance(config, DeferredConfig) else getattr(config, "engine_kwargs", ())
+        return self.values, engine
 
     def begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
         """Return a starting call's trace entry, and that of the call around it, for `end`."""
