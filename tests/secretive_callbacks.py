@@ -52,7 +52,7 @@ def raise_with(*secrets: Any) -> None:
         try:
             raise KeyError(Settings("host", secrets[0]), *map(str.encode, secrets))
         except KeyError:
-            raise ConnectionError(
+            raise ConnectionError(  # noqa: B904 - with a context
                 [f"https://me:{urllib.parse.quote(s, safe='')}@host/x?sig={s}" for s in secrets]
             )
     except ConnectionError as error:

@@ -2,6 +2,7 @@
 
 import pickle
 import traceback
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -198,14 +199,13 @@ def test_on_error_is_advised_where_it_helps_and_is_not_set(
     made: Any, advice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     hook = made.get("hook", "on_before_init")
-    with hook_log(caplog):
-        try:
-            call(step("a", error=ValueError("boom"), **made), hook=hook)
-        except HookError as error:
-            assert advice in str(error)
-            return
-    (record,) = caplog.records
-    assert record.getMessage().endswith(f"ValueError: boom{advice}")
+    failing = step("a", error=ValueError("boom"), **made)
+    raises = pytest.raises(HookError) if made.get("on_error") == "raise" else nullcontext()
+    with hook_log(caplog), raises as caught:
+        call(failing, hook=hook)
+    text = str(caught.value) if caught else caplog.records[0].getMessage()
+    assert f"ValueError: boom{advice}" in text
+    assert text.count("on_error") == (hook != CLEAN_UP)
 
 
 def test_on_error_is_not_advised_for_what_no_config_names() -> None:
