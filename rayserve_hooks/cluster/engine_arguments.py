@@ -10,7 +10,7 @@ from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.failures import step_error
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import Phase, describe
+from rayserve_hooks.errors import Phase, describe, raise_from
 
 
 class Environment:
@@ -35,7 +35,8 @@ class Environment:
                     os.environ[name] = value
                 except (TypeError, ValueError) as error:
                     path, detail = f"runtime_env.env_vars.{name}", describe(error)
-                    raise step_error(self._ctx, phase, detail, path) from error
+                    failure = step_error(self._ctx, phase, detail, path, error)
+                    raise_from(failure, failure.__cause__)
         self._known = now
 
 
@@ -90,4 +91,5 @@ def set_engine_kwargs(ctx: CallbackCtx) -> None:
             _ray.set_engine_kwargs(ctx.llm_config, {name: value})
         except ValueError as error:
             path, detail = f"extra_init_kwargs.{name}", describe(error)
-            raise step_error(ctx, Phase.ENGINE_ARGUMENTS, detail, path) from error
+            failure = step_error(ctx, Phase.ENGINE_ARGUMENTS, detail, path, error)
+            raise_from(failure, failure.__cause__)

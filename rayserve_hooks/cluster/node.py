@@ -18,7 +18,7 @@ from rayserve_hooks.core.hooks import PHASES
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.core.running import call_hook, time_limit
-from rayserve_hooks.errors import Phase, describe
+from rayserve_hooks.errors import Phase, describe, raise_from
 
 _ENGINES_OWN = re.compile(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?$|\w[\w+.-]+://(?<!file://)")
 
@@ -84,4 +84,5 @@ async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) 
                 caller=download_caller(source.model_id),
             )
         except Exception as error:
-            raise step_error(ctx, Phase.DOWNLOAD, describe(error)) from error
+            failure = step_error(ctx, Phase.DOWNLOAD, describe(error), cause=error)
+            raise_from(failure, failure.__cause__)

@@ -13,7 +13,7 @@ from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.running import clean_up, with_background
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import TraceEntry
 
 # Long enough for a replica on a busy machine. One that is gone takes this process along.
@@ -45,9 +45,12 @@ class NodeActor:
             raise
         except Exception as error:
             # Ours, since Ray has its own ways with one that cannot be rebuilt in the replica.
-            ours = error if isinstance(error, HookError) else self._step_error(describe(error))
+            if isinstance(error, HookError):
+                ours = error
+            else:
+                ours = self._step_error(describe(error), error)
             self._error = self._error or ours
-            raise ours from (error.__cause__ if ours is error else error)
+            raise_from(ours, ours.__cause__)
         finally:
             self._reports.close()
 
@@ -103,9 +106,10 @@ class NodeActor:
         finally:
             self._reports.close()
 
-    def _step_error(self, detail: str) -> HookError:
+    def _step_error(self, detail: str, cause: BaseException | None = None) -> HookError:
         phase = self._phase or Phase.BEFORE_DOWNLOAD
-        return entry_error(None, self._request.node, phase, detail)
+        node, known = self._request.node, self._request.fields
+        return entry_error(None, node, phase, detail, cause=cause, known=known)
 
     def _on_call(self, _: TraceEntry) -> None:
         self._reports.add()

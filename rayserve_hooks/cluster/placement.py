@@ -13,7 +13,7 @@ from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import step_error
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import Phase, describe
+from rayserve_hooks.errors import Phase, describe, raise_from
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -52,7 +52,8 @@ class Placement:
                 await threads.run_in_thread(_refuse_impossible, group, patient)
         except Exception as error:
             detail = str(error) if isinstance(error, _ImpossibleError) else describe(error)
-            raise step_error(ctx, Phase.PLACEMENT, detail, "placement_group") from error
+            failure = step_error(ctx, Phase.PLACEMENT, detail, "placement_group", error)
+            raise_from(failure, failure.__cause__)
         return group
 
     async def nodes(self, group: PlacementGroup) -> list[NodeInfo]:

@@ -18,7 +18,7 @@ from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.hooks import CLEAN_UP
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.manager import manager_of
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import TraceEntry
 
 T = TypeVar("T")
@@ -84,8 +84,9 @@ class RemoteNode:
                 reply: NodeReply = await self._follow(self._actor, initializing)
             except RayTaskError as error:
                 if isinstance(error.cause, HookError):
-                    raise error.cause from error.cause.__cause__
-                raise self._failed(describe(error.cause)) from error
+                    raise_from(error.cause, error.cause.__cause__)
+                failure = self._failed(describe(error.cause), error.cause)
+                raise_from(failure, failure.__cause__)
             except RayError as error:
                 self._actor, problem = None, error
                 self._earlier, self._calls = self.trace, []
@@ -94,7 +95,7 @@ class RemoteNode:
                 return reply
         assert problem is not None
         detail = f"its process was killed or the node died: {describe(problem)}"
-        raise self._failed(detail) from problem
+        raise self._failed(detail, problem)
 
     def _start(self, request: NodeRequest, attempt: int) -> Any:
         """Start an actor on the node."""
@@ -126,10 +127,11 @@ class RemoteNode:
             if status is not None:
                 status.cancel()
 
-    def _failed(self, detail: str) -> HookError:
+    def _failed(self, detail: str, cause: BaseException) -> HookError:
         # Without a running call the one that was cut off when an earlier process was killed.
         call = self.running or _innermost(self._earlier, "interrupted")
-        return entry_error(call, self.node, self.phase or Phase.BEFORE_DOWNLOAD, detail)
+        phase, known = self.phase or Phase.BEFORE_DOWNLOAD, self._request.fields
+        return entry_error(call, self.node, phase, detail, cause=cause, known=known)
 
     async def clean_up(self, error: BaseException) -> list[HookError]:
         """Stop what still runs on the node, and run ``on_init_failed`` if anything had started.
@@ -152,7 +154,8 @@ class RemoteNode:
             cut_off = _innermost(self.trace, "interrupted", CLEAN_UP)
             happened = "did not end" if cut_off else "did not run"
             detail = f"on_init_failed {happened}: {describe(cause)}"
-            failures.append(entry_error(cut_off, self.node, Phase.CLEAN_UP, detail))
+            known = self._request.fields
+            failures.append(entry_error(cut_off, self.node, Phase.CLEAN_UP, detail, known=known))
             logger.error("%s", failures[-1])
         finally:
             self._kill()

@@ -20,7 +20,7 @@ from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import Recorder
 from rayserve_hooks.core.running import call_hook, clean_up, timed_out
 from rayserve_hooks.core.stack import CallbackStack
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import TraceEntry
 
 if TYPE_CHECKING:
@@ -77,14 +77,17 @@ class Initialization:
                 if limit is None or not deadline.expired():
                     raise
                 rest = f"; still running: {self._running()}"
-                raise timed_out("total", limit, self.ctx, self.phase, rest) from expired
+                failure = timed_out("total", limit, self.ctx, self.phase, rest, cause=expired)
+                raise_from(failure, failure.__cause__)
         except BaseException as raised:  # whatever ends the initialization, it is cleaned up
             ordinary = isinstance(raised, Exception) and not isinstance(raised, HookError)
-            error = step_error(self.ctx, self.phase, describe(raised)) if ordinary else raised
+            error = raised
+            if ordinary:
+                error = step_error(self.ctx, self.phase, describe(raised), cause=raised)
             await self._fail(error)
             if error is raised:
                 raise
-            raise error from raised
+            raise_from(error, error.__cause__)
         finally:
             heartbeat.cancel()
         for node in self.others:

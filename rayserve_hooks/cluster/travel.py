@@ -12,7 +12,7 @@ from rayserve_hooks.context import CallbackCtx, DeferredConfig, NodeInfo, NodeRe
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import Trace, TraceEntry
 
 if TYPE_CHECKING:
@@ -112,13 +112,15 @@ def load_custom_data(packed: dict[str, bytes], node: NodeInfo, setters: Setters)
         try:
             loaded[key] = pickle.loads(data)
         except BaseException as error:  # any class can refuse in its own way, or exit
-            raise entry_error(
+            failure = entry_error(
                 setters.get(key),
                 node,
                 Phase.BEFORE_DOWNLOAD,
                 f"ctx.custom_data[{key!r}] cannot be built again in another process: "
                 f"{describe(error)}; store plain data there and keep the object on the callback",
-            ) from error
+                cause=error,
+            )
+            raise_from(failure, failure.__cause__)
     return loaded
 
 
@@ -135,11 +137,14 @@ def pack_custom_data(ctx: CallbackCtx, set_before: Setters | None = None) -> dic
             packed[key] = cloudpickle.dumps(value)
         except Exception as error:  # any class can refuse in its own way
             here = ctx.trace.who_changed(f"custom_data.{key}")
-            raise entry_error(
+            failure = entry_error(
                 here or (set_before or {}).get(key),
                 ctx.node,
                 Phase.BEFORE_DOWNLOAD,
                 f"ctx.custom_data[{key!r}] cannot be sent to another process: {describe(error)}; "
                 "store plain data there and keep the object on the callback",
-            ) from error
+                cause=error,
+                known=recorder_of(ctx).secrets_among,
+            )
+            raise_from(failure, failure.__cause__)
     return packed

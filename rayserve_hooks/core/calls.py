@@ -41,7 +41,7 @@ def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]
                 outcome = "returned"
             else:
                 outcome = "handled"
-                entry.reason = redact(result.reason, recorder.values)
+                entry.reason = redact(result.reason, recorder.values, blame.kwargs)
             return result
         except BaseException as error:  # a SystemExit would end, or hang, what waits for the hook
             if _is_given_up(error):

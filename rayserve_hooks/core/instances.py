@@ -10,7 +10,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from rayserve_hooks.errors import CallbackConfigError, describe
+from rayserve_hooks.core.masked_errors import masked
+from rayserve_hooks.core.masking import redact
+from rayserve_hooks.errors import CallbackConfigError, describe, raise_from
 
 T = TypeVar("T")
 
@@ -98,10 +100,11 @@ class Instance:
                 # Ray has brought these bytes from the process that made the config.
                 self._instance = pickle.loads(self._pickled)
             except Exception as error:  # importing its class runs other people's code
-                raise CallbackConfigError(
-                    f"the instance cannot be built again in this process: {describe(error)}; "
-                    "name the class with kwargs instead"
-                ) from error
+                problem = (
+                    "the instance cannot be built again in this process: "
+                    f"{redact(describe(error))}; name the class with kwargs instead"
+                )
+                raise_from(CallbackConfigError(problem), masked(error))
         return self._instance
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,13 +123,14 @@ def class_refusal(cls: type, dumps: Dumps) -> str | None:
         for name, value in vars(cls).items():
             try:
                 dumps(value)
-            except Exception as reason:  # as above
+            except Exception as refusal:  # as above
                 kind = type(value).__name__
                 return (
                     f"its class is in {cls.__module__!r}, which is another module there, and does "
-                    f"not pickle for its attribute {name!r}, a {kind}: {reason}"
+                    f"not pickle for its attribute {name!r}, a {kind}: {redact(str(refusal))}"
                 )
-        return f"its class is in {cls.__module__!r}, which is another module there: {error}"
+        reason = redact(str(error))
+        return f"its class is in {cls.__module__!r}, which is another module there: {reason}"
     return None
 
 

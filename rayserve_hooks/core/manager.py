@@ -143,7 +143,7 @@ class PluginManager(pluggy.PluginManager):
         if problems:
             raise CallbackConfigError(*(f"callback {name!r}: {problem}" for problem in problems))
         registered = RegisteredCallback(
-            plugin, name, {hook: self._instrumented(hook, name) for hook in hooks}
+            plugin, name, {hook: self._instrumented(hook, name, plugin) for hook in hooks}
         )
         with _blames_callback():
             try:
@@ -161,11 +161,11 @@ class PluginManager(pluggy.PluginManager):
         with _blames_callback():
             super().check_pending()
 
-    def _instrumented(self, hook: HookFunction, name: str) -> Callable[..., Any]:
+    def _instrumented(self, hook: HookFunction, name: str, plugin: object) -> Callable[..., Any]:
         if hook.hook not in HOOKS:
             return hook.function
         instrument = wrapper_call if hook.options["wrapper"] else plain_call
-        return instrument(hook.function, self.blame(name, hook.hook))
+        return instrument(hook.function, self.blame(name, hook.hook, plugin))
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         if is_a(plugin, RegisteredCallback):
@@ -248,10 +248,12 @@ class PluginManager(pluggy.PluginManager):
         entry = self._entries.get(callback)
         return ((entry and entry.on_error) or self.stack.on_error) == "warn"
 
-    def blame(self, callback: str, hook: str) -> Blame:
+    def blame(self, callback: str, hook: str, plugin: object = None) -> Blame:
         """Return what a callback's failure in a hook is charged to."""
         entry = self._entries.get(callback)
-        return Blame(callback, hook, self.warns(callback), entry.kwargs if entry else {})
+        kwargs = entry.kwargs if entry else {}
+        plugin = self.get_plugin(callback) if plugin is None else plugin
+        return Blame(callback, hook, self.warns(callback), kwargs, plugin, entry is not None)
 
     def clean_up(
         self, ctx: CallbackCtx, error: BaseException, started: Iterable[str]

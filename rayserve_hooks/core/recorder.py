@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from rayserve_hooks.context import CallbackCtx, Handled, NodeResult
+from rayserve_hooks.context import CallbackCtx, DeferredConfig, Handled, NodeResult
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.log import logger
 from rayserve_hooks.core.masking import is_secret, shown
@@ -45,6 +45,14 @@ class Recorder:
         self.background: list[tuple[TraceEntry, threads.ThreadCall[Any]]] = []
         self.values: Mapping[str, Any] = self._state.values
         self._before = seen(self.values)
+
+    @property
+    def secrets_among(self) -> tuple[object, ...]:
+        """Where a context's secrets are: its fields, and its config where that is loaded."""
+        config = self._state.llm_config
+        # Of the config what the engine is given: the callbacks' arguments are known by callback.
+        engine = () if isinstance(config, DeferredConfig) else getattr(config, "engine_kwargs", ())
+        return self.values, engine
 
     def begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
         """Return a starting call's trace entry, and that of the call around it, for `end`."""
