@@ -80,7 +80,8 @@ class TraceEntry:
     def finish(self, outcome: str) -> None:
         if self.duration_s is None:  # a call that was given up on may still end
             self.duration_s = self.running_s
-            self.outcome = outcome
+            if self.outcome == "running":  # not set by the call itself
+                self.outcome = outcome
 
 
 class Trace(list[TraceEntry]):

@@ -10,7 +10,8 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
@@ -33,9 +34,7 @@ def __getattr__(name: str) -> Any:
     # The class that the adapter subclasses; Ray exports it nowhere.
     if name != "CallbackBase":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ray.llm._internal.common.callbacks.base import CallbackBase
-
-    return CallbackBase
+    return _rays_own_class()
 
 
 def runs_hooks(named: str | type) -> bool:
@@ -53,6 +52,40 @@ def is_ray_callback(cls: type) -> bool:
 def is_hooks_callback(cls: type) -> bool:
     """Return whether a class is our own adapter to Ray's slot."""
     return any(base.__module__ == _SLOT for base in cls.__mro__)
+
+
+def is_run_as_usual(callback: CallbackBase | type, runner: str) -> bool:
+    """Return whether a Ray callback leaves it to Ray how its methods are run and fail.
+
+    The two private methods are those that Ray's ``run_callback`` and ``run_callback_sync`` are
+    made of.
+    """
+    rays = _rays_own_class()
+    names = (runner, "_get_method", "_handle_callback_error")
+    return not any(overrides(callback, getattr(rays, name)) for name in names)
+
+
+def overrides(callback: CallbackBase | type, method: Callable[..., Any]) -> bool:
+    """Return whether a Ray callback, an instance or its class, has not Ray's own ``method``."""
+    found = getattr(callback, method.__name__)
+    return getattr(found, "__func__", found) is not method
+
+
+def does_nothing(cls: type) -> bool:
+    """Return whether a class of Ray's kind brings nothing that Ray, or Python, would call."""
+    rays = _rays_own_class()
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    of_rays = {name: getattr_static(rays, name, None) for name in names if name != "__class__"}
+    return not any(
+        found is not None and callable(found) and getattr_static(cls, name) is not found
+        for name, found in of_rays.items()
+    )
+
+
+def _rays_own_class() -> type[CallbackBase]:
+    from ray.llm._internal.common.callbacks.base import CallbackBase
+
+    return CallbackBase
 
 
 def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rayserve_hooks.cluster import _ray, engine_arguments
 from rayserve_hooks.cluster.node import check_brought, initialize_this_node
+from rayserve_hooks.cluster.ray_callback import packed_instances
 from rayserve_hooks.cluster.remote_node import RemoteNode
 from rayserve_hooks.cluster.stacks import stack_of
 from rayserve_hooks.cluster.supervision import Initialization
@@ -15,6 +16,7 @@ from rayserve_hooks.cluster.travel import ModelSource, request_for
 from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.core.running import with_background
 from rayserve_hooks.core.stack import CallbackStack
+from rayserve_hooks.core.threads import run_in_thread
 from rayserve_hooks.errors import Phase
 
 if TYPE_CHECKING:
@@ -93,8 +95,9 @@ async def _initialize_nodes(this: Initialization, nodes: list[NodeInfo]) -> None
         from ray import cloudpickle
 
         config = cloudpickle.dumps(ctx.llm_config)
+        instances = await run_in_thread(packed_instances, this.manager, ctx)
         for node in others:
-            request = request_for(node, ctx, this.manager.stack, source, config)
+            request = request_for(node, ctx, this.manager.stack, source, config, instances)
             this.others.append(RemoteNode(request, ctx.runtime_env))
     waits: list[Awaitable[NodeResult]] = [node.wait() for node in this.others]
     if len(others) < len(nodes):

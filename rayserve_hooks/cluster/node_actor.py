@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rayserve_hooks.cluster import travel
 from rayserve_hooks.cluster.node import initialize_this_node
+from rayserve_hooks.cluster.ray_callback import unpack_instances
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import entry_error
@@ -60,6 +61,7 @@ class NodeActor:
         ctx = await threads.run_in_thread(travel.context_of, request, self._attempt, self._on_call)
         self._ctx = ctx
         manager = await threads.run_in_thread(manager_of, request.stack)
+        await threads.run_in_thread(unpack_instances, manager, ctx, request.instances)
         stage = initialize_this_node(manager, ctx, request.source, self._on_phase)
         result = await with_background(manager, ctx, stage)
         custom_data = await threads.run_in_thread(

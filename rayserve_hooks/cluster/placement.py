@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.context import CallbackCtx, NodeInfo
@@ -22,24 +23,42 @@ _LOG_EVERY_S = 5.0
 _AUTOSCALER_STARTS_S = 30.0  # on Kubernetes it is another container, and may come up later
 
 
+# By context, the groups that its initialization has made, to be removed when it fails.
+_made: WeakKeyDictionary[CallbackCtx, list[PlacementGroup]] = WeakKeyDictionary()
+
+
+def make_default_group(ctx: CallbackCtx) -> None:
+    """Create the default group for an initialization that has none.
+
+    In a context that was made by hand nothing happens.
+    """
+    if ctx.placement_group is not None or ctx not in _made:
+        return
+    try:
+        group = _ray.create_default_placement_group(ctx.llm_config)
+    except Exception as error:  # Ray's own, of any kind
+        raise step_error(ctx, Phase.PLACEMENT, describe(error)) from error
+    if _ray.current_placement_group() is None:
+        _made[ctx].append(group)
+    recorder_of(ctx).adopt(placement_group=group)
+
+
 class Placement:
     """Finds, or creates, the placement group of one initialization; made before the first hook."""
 
     def __init__(self, ctx: CallbackCtx) -> None:
         self._ctx = ctx
         self._given = ctx.placement_group
-        self._created: PlacementGroup | None = None
+        self._made = _made.setdefault(ctx, [])
 
     async def ready(self) -> PlacementGroup:
         """Return the placement group once it is ready; the default one if there is no other."""
         ctx = self._ctx
         self._warn_of_reserved()
+        await threads.run_in_thread(make_default_group, ctx)
         group = ctx.placement_group
-        if group is None:
-            group = await threads.run_in_thread(_ray.create_default_placement_group, ctx.llm_config)
-            if _ray.current_placement_group() is None:
-                self._created = group
-            recorder_of(ctx).adopt(placement_group=group)
+        assert group is not None
+        self.remove(but=group)  # a callback has replaced the default one
         started = time.monotonic()
         try:
             while not await threads.run_in_thread(group.wait, _LOG_EVERY_S):
@@ -65,15 +84,15 @@ class Placement:
             nodes.insert(0, self._ctx.node)
         return nodes
 
-    def remove(self) -> None:
-        """Remove the group if it was created here."""
-        if self._created is None:
-            return
-        from ray.util.placement_group import remove_placement_group
+    def remove(self, but: PlacementGroup | None = None) -> None:
+        """Remove the groups that this initialization has made, ``but`` one that is in use."""
+        for group in [group for group in self._made if group is not but]:
+            from ray.util.placement_group import remove_placement_group
 
-        remove_placement_group(self._created)
-        group_id = self._created.id.hex()
-        logger.info("removed placement group %s, which this initialization had made", group_id)
+            self._made.remove(group)
+            remove_placement_group(group)
+            text = "removed placement group %s, which this initialization had made"
+            logger.info(text, group.id.hex())
 
     def _warn_of_reserved(self) -> None:
         """Warn of what a callback that replaces the group of a replica leaves behind."""

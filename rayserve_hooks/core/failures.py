@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,16 @@ _FIX = "fix the callback"
 _OR_WARN = ", or set 'on_error: warn' on it to go on without it"
 _RAISE_ANOTHER = "return, or raise an Exception"
 _WHICH_COUNTS = ", for which on_error counts"
+
+
+class OwnFailures:
+    """A plugin that settles its failures itself, by other rules than ``on_error`` alone.
+
+    ``blame_of`` returns what they are charged to in a hook; it is set where the plugin is
+    registered.
+    """
+
+    blame_of: Callable[[str], Blame]
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,12 @@ class Blame:
         return self.kwargs, self.plugin
 
     def goes_on_after(self, error: BaseException) -> bool:
-        """Return whether the next callback runs: ``on_error: warn`` counts for an `Exception`."""
-        return self.warns and isinstance(error, Exception)
+        """Return whether the next callback runs: ``on_error: warn`` counts for an `Exception`.
+
+        Not for one that has been settled for this callback before.
+        """
+        settled = isinstance(error, HookError) and error.callback == self.callback
+        return self.warns and isinstance(error, Exception) and not settled
 
     def outcome_of(self, error: BaseException) -> str:
         """Return what a trace says of a call that raised ``error``."""
@@ -60,12 +74,13 @@ def settle(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError | 
     A failed clean-up is logged and returned: a list of these is what that hook call returns.
     """
     cleaning_up = blame.hook == CLEAN_UP
-    if isinstance(error, HookError) and not (blame.warns or cleaning_up or blame.what):
+    goes_on = blame.goes_on_after(error)
+    if isinstance(error, HookError) and not (goes_on or cleaning_up or blame.what):
         raise error  # of a hook called by this callback; it names who failed already
     failure = hook_error(error, ctx, blame)
-    if not (cleaning_up or blame.goes_on_after(error)):
+    if not (cleaning_up or goes_on):
         raise_from(failure, failure.__cause__)
-    if not blame.goes_on_after(error):
+    if not goes_on:
         logger.error("%s", failure, exc_info=failure.__cause__)
         return failure
     logger.warning("%s (on_error: warn, going on)", failure, exc_info=failure.__cause__)

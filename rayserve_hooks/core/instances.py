@@ -84,12 +84,9 @@ class Instance:
             try:
                 self._pickled = dumps(self._instance)
             except Exception as error:  # any class can refuse in its own way
-                for name, value in _attributes(self._instance):
-                    try:
-                        dumps(value)
-                    except Exception as reason:  # as above
-                        kind = type(value).__name__
-                        raise TypeError(f"its attribute {name!r}, a {kind}: {reason}") from error
+                refusal = attribute_refusal(self._instance, dumps)
+                if refusal:
+                    raise TypeError(refusal) from error
                 raise
 
     def load(self) -> object:
@@ -113,6 +110,19 @@ class Instance:
 
     def __repr__(self) -> str:
         return f"instance of {self.class_name}"
+
+
+def attribute_refusal(instance: object, dumps: Dumps, owner: str = "") -> str | None:
+    """Return which attribute of an object does not pickle, and why; None if all do.
+
+    ``owner`` is the attribute that the object itself is, with a dot.
+    """
+    for name, value in _attributes(instance):
+        try:
+            dumps(value)
+        except Exception as reason:  # any value can refuse in its own way
+            return f"its attribute {owner + name!r}, a {type(value).__name__}: {reason}"
+    return None
 
 
 def class_refusal(cls: type, dumps: Dumps) -> str | None:

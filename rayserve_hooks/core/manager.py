@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import inspect
 import threading
@@ -17,7 +18,7 @@ import pluggy
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import _pluggy
 from rayserve_hooks.core.calls import plain_call, wrapper_call
-from rayserve_hooks.core.failures import Blame
+from rayserve_hooks.core.failures import Blame, OwnFailures
 from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS
 from rayserve_hooks.core.inspection import (
     HookFunction,
@@ -142,6 +143,8 @@ class PluginManager(pluggy.PluginManager):
             problems = [f"is the class itself; register {plugin.__name__}(), an instance of it"]
         if problems:
             raise CallbackConfigError(*(f"callback {name!r}: {problem}" for problem in problems))
+        if is_a(plugin, OwnFailures):
+            plugin.blame_of = functools.partial(self.blame, name)
         registered = RegisteredCallback(
             plugin, name, {hook: self._instrumented(hook, name, plugin) for hook in hooks}
         )

@@ -86,12 +86,12 @@ class ThreadCall(Generic[T]):
         if self.given_up:
             raise asyncio.CancelledError("this initialization was given up")
 
-    def wait_for(self, awaitable: Awaitable[R]) -> R:
+    def wait_for(self, awaitable: Awaitable[R], on: SharedLoop) -> R:
         """Await something of this call, from its thread."""
         if self.given_up and inspect.iscoroutine(awaitable):
             awaitable.close()  # or Python complains that nobody awaited it
         self.check()
-        with _callback_loop() as loop:
+        with on.running() as loop:
             outcome: Future[R] = Future()
             self._awaits[outcome] = loop
             loop.start(awaitable, outcome)
@@ -236,41 +236,46 @@ def check_given_up() -> None:
         call.check()
 
 
-def run_coroutine(awaitable: Awaitable[T]) -> T:
+class SharedLoop:
+    """A loop of this process, made at its first use and replaced when a callback has broken it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: _CallbackLoop | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[_CallbackLoop]:
+        """Provide the loop.
+
+        A hook that an async callback calls would wait for a loop that waits for it; its coroutines
+        get a loop of their own.
+        """
+        if getattr(_this_thread, "is_loop", False):
+            loop = _CallbackLoop()
+            try:
+                yield loop
+            finally:
+                loop.end()
+            return
+        with self._lock:
+            if self._loop is None or not self._loop.usable:
+                self._loop = _CallbackLoop()
+        yield self._loop
+
+
+_this_thread = threading.local()
+_callbacks_loop = SharedLoop()
+
+
+def run_coroutine(awaitable: Awaitable[T], on: SharedLoop = _callbacks_loop) -> T:
     """Wait for an awaitable from synchronous code, also from inside a running event loop.
 
     It runs on one loop per process, so that a client opened in one hook still works in the next.
     """
     call = _running_call.get()
     if call is not None:
-        return call.wait_for(awaitable)
+        return call.wait_for(awaitable, on)
     outcome: Future[T] = Future()
-    with _callback_loop() as loop:
+    with on.running() as loop:
         loop.start(awaitable, outcome)
         return outcome.result()
-
-
-_this_thread = threading.local()
-_shared_lock = threading.Lock()
-_shared: _CallbackLoop | None = None
-
-
-@contextlib.contextmanager
-def _callback_loop() -> Iterator[_CallbackLoop]:
-    """Provide the loop of this process.
-
-    A hook that an async callback calls would wait for a loop that waits for it; its coroutines
-    get a loop of their own.
-    """
-    global _shared  # noqa: PLW0603 - one per process, replaced when a callback has broken it
-    if getattr(_this_thread, "is_loop", False):
-        loop = _CallbackLoop()
-        try:
-            yield loop
-        finally:
-            loop.end()
-        return
-    with _shared_lock:
-        if _shared is None or not _shared.usable:
-            _shared = _CallbackLoop()
-    yield _shared
