@@ -11,7 +11,7 @@ from rayserve_hooks.cluster import _ray
 from rayserve_hooks.context import CallbackCtx, NodeInfo
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import step_error
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, fields, logger
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import Phase, describe
 
@@ -43,13 +43,16 @@ class Placement:
         started = time.monotonic()
         try:
             while not await threads.run_in_thread(group.wait, _LOG_EVERY_S):
+                waited = time.monotonic() - started
+                extra = fields(phase=Phase.PLACEMENT, node=ctx.node.id, seconds=waited)
                 logger.info(
                     "waiting for placement group %s, bundles %s; 'ray status' shows what is free",
                     group.id.hex(),
                     group.bundle_specs,
+                    extra=extra,
                 )
-                patient = time.monotonic() - started < _AUTOSCALER_STARTS_S
-                await threads.run_in_thread(_refuse_impossible, group, patient)
+                patient = waited < _AUTOSCALER_STARTS_S
+                await threads.run_in_thread(_refuse_impossible, group, patient, extra)
         except Exception as error:
             detail = str(error) if isinstance(error, _ImpossibleError) else describe(error)
             raise step_error(ctx, Phase.PLACEMENT, detail, "placement_group") from error
@@ -72,7 +75,9 @@ class Placement:
 
         remove_placement_group(self._created)
         group_id = self._created.id.hex()
-        logger.info("removed placement group %s, which this initialization had made", group_id)
+        text = "removed placement group %s, which this initialization had made"
+        extra = fields(phase=Phase.CLEAN_UP, node=self._ctx.node.id)
+        logger.info(text, group_id, extra=extra)
 
     def _warn_of_reserved(self) -> None:
         """Warn of what a callback that replaces the group of a replica leaves behind."""
@@ -86,6 +91,7 @@ class Placement:
             "placement_group_config of the LLMConfig instead",
             setter.callback if setter else None,
             self._given.bundle_specs,
+            extra=call_fields(setter) if setter else {},
         )
 
 
@@ -93,10 +99,11 @@ class _ImpossibleError(Exception):
     """A placement group that the cluster can never hold."""
 
 
-def _refuse_impossible(group: PlacementGroup, patient: bool) -> None:
+def _refuse_impossible(group: PlacementGroup, patient: bool, extra: Mapping[str, object]) -> None:
     """Raise if the cluster can never hold the group, and nothing adds nodes to it.
 
-    ``patient`` is whether an autoscaler that has not reported may still start.
+    ``patient`` is whether an autoscaler that has not reported may still start; ``extra`` is that of
+    a log record.
     """
     from ray.util.placement_group import placement_group_table
 
@@ -108,7 +115,8 @@ def _refuse_impossible(group: PlacementGroup, patient: bool) -> None:
     have = "; ".join(f"node {node} has {_shown(resources)}" for node, resources in nodes)
     scaled = _ray.autoscaler_runs()
     if scaled or (scaled is None and patient):
-        logger.warning("%s: %s; waiting for an autoscaler to add nodes", problem, have)
+        text = "%s: %s; waiting for an autoscaler to add nodes"
+        logger.warning(text, problem, have, extra=extra)
         return
     raise _ImpossibleError(
         f"{problem}, and no autoscaler runs that would add one: {have}; ask for less in "

@@ -9,7 +9,7 @@ from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
 from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, logger
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import (
@@ -49,8 +49,10 @@ class Blame:
         return "warned" if self.goes_on_after(error) else "failed"
 
 
-def settle(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError | None:
-    """Raise what a callback raised as a `HookError`, or log it where the config says so.
+def settle(
+    error: BaseException, ctx: CallbackCtx, blame: Blame, entry: TraceEntry
+) -> HookError | None:
+    """Raise what a callback raised in a call as a `HookError`, or log it where the config says so.
 
     A failed clean-up is logged and returned: a list of these is what that hook call returns.
     """
@@ -59,10 +61,11 @@ def settle(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError | 
         raise error  # of a hook called by this callback; it names who failed already
     failure = hook_error(error, ctx, blame)
     if blame.goes_on_after(error):
-        logger.warning("%s (on_error: warn, going on)", failure, exc_info=failure.__cause__)
+        text, cause = "%s (on_error: warn, going on)", failure.__cause__
+        logger.warning(text, failure, exc_info=cause, extra=call_fields(entry))
         return None
     if cleaning_up:
-        logger.error("%s", failure, exc_info=failure.__cause__)
+        logger.error("%s", failure, exc_info=failure.__cause__, extra=call_fields(entry))
         return failure
     raise failure from failure.__cause__
 

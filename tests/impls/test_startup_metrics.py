@@ -11,7 +11,6 @@ import pytest
 
 import rayserve_hooks
 from rayserve_hooks.errors import CallbackConfigError
-from rayserve_hooks.impls import startup_metrics
 from rayserve_hooks.impls.startup_metrics import StartupMetrics
 
 
@@ -44,7 +43,3 @@ def test_the_log_line_has_every_phase(ray_cluster: Any, caplog: pytest.LogCaptur
 def test_it_takes_no_arguments(args: Any, kwargs: dict[str, Any], text: str) -> None:
     with pytest.raises(CallbackConfigError, match=f"StartupMetrics{text}$"):
         StartupMetrics(*args, **kwargs)
-
-
-def test_its_lines_reach_the_log_file_of_a_replica() -> None:
-    assert startup_metrics.logger.name.startswith("ray.serve.")
