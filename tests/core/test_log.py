@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from plugins_for_tests import hook_log, make_ctx, make_manager
 
 from rayserve_hooks.context import LOGGER_NAME, CallbackCtx
 from rayserve_hooks.core.log import trace_is_wanted
+from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.core.running import with_background
 
 
@@ -50,6 +52,30 @@ def test_a_callbacks_logger_has_its_name_and_the_calls_fields(
     assert fields["phase"] == hook.removeprefix("on_").replace("_", " ")
     assert fields["seconds"] >= 0
     assert fields.get("mine") == (1 if hook == "on_before_init" else None)
+
+
+def test_work_in_the_background_logs_as_the_callback_that_started_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen = threading.Event()
+
+    class Starts:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            ctx.run_in_background(self.work, ctx)
+
+        def work(self, ctx: CallbackCtx) -> None:
+            assert seen.wait(10)
+            ctx.log.info("beside another")
+
+    class Other:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            seen.set()
+            futures = [call.future for _, call in recorder_of(ctx).background]
+            assert [future.exception(10) for future in futures] == [None]
+
+    with hook_log(caplog):
+        make_manager(Starts, Other).hook.on_before_init(ctx=make_ctx())
+    assert [record.name for record in caplog.records] == [f"{LOGGER_NAME}.Starts"]
 
 
 def test_a_context_made_by_hand_has_a_logger(caplog: pytest.LogCaptureFixture) -> None:

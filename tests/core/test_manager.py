@@ -219,7 +219,7 @@ def test_every_kind_of_callback_is_called_and_traced(make: Make) -> None:
     manager, _, _ = registered(make)
     ctx = make_ctx()
     assert manager.hook.on_before_init(ctx=ctx) == Handled(reason=make.__name__)
-    assert outcomes(ctx)[0] == ("a", "handled")
+    assert ("a", "handled") in outcomes(ctx)
 
 
 @every_kind
