@@ -19,7 +19,7 @@ from rayserve_hooks.cluster._ray import HOOKS_CALLBACK
 from rayserve_hooks.cluster.ray_callback import RayCallback
 from rayserve_hooks.cluster.schema import config_schema
 from rayserve_hooks.cluster.stacks import parse_settings
-from rayserve_hooks.core.hooks import HOOKS
+from rayserve_hooks.core.hooks import FIRST_RESULT, HOOKS
 from rayserve_hooks.core.inspection import hook_functions
 from rayserve_hooks.core.loading import installed
 from rayserve_hooks.core.manager import PluginManager
@@ -28,7 +28,16 @@ from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 from rayserve_hooks.trace import format_table
 
 Row = dict[str, Any]
-_COLUMNS = ("deployment", "hook", "position", "callback", "options", "distribution", "source")
+_COLUMNS = (
+    "deployment",
+    "hook",
+    "result",
+    "position",
+    "callback",
+    "options",
+    "distribution",
+    "source",
+)
 
 
 _TRUST = (
@@ -261,11 +270,12 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any], construct: bool) -
                 options.append("on_error=warn")
             distribution = _distribution_of(function.__module__)
             name, source = impl.plugin_name, _source(function)
-            yield _row(deployment, hook, position, name, options, distribution, source)
+            result = "first wins" if hook in FIRST_RESULT else "all run"
+            yield _row(deployment, hook, result, position, name, options, distribution, source)
     for position, entry in enumerate(stack.entries, start=1):
         if entry.only_on_cluster:
             options, source = ["only_on_cluster"], str(entry.callback)
-            yield _row(deployment, "?", position, entry.name, options, "", source)
+            yield _row(deployment, "?", "", position, entry.name, options, "", source)
 
 
 def _row(*values: object) -> Row:

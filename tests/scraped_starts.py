@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from waiting import until
 
 import rayserve_hooks
-from rayserve_hooks.context import CallbackCtx, Handled
+from rayserve_hooks.context import LOGGER_NAME, CallbackCtx, Handled
 from rayserve_hooks.impls import startup_metrics
 
 
@@ -60,7 +60,8 @@ def main() -> None:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    startup_metrics.logger.addHandler(handler)
+    logger = logging.getLogger(f"{LOGGER_NAME}.startup_metrics")
+    logger.addHandler(handler)
     port = processes.free_port()
     with processes.none_left():
         ray.init(

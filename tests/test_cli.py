@@ -83,10 +83,15 @@ def test_order_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row["hook"], row["position"], row["callback"], row["options"]) for row in found] == [
         ("on_before_init", 1, "startup_metrics", ["wrapper", "tryfirst"]),
         ("on_before_init", 2, "MyCallback", ["tryfirst"]),
-        ("on_before_download", 1, "MyCallback", ["async"]),
+        ("on_before_download", 1, "MyCallback", ["tryfirst", "async"]),
         ("on_after_init", 1, "startup_metrics", ["wrapper", "tryfirst"]),
         ("on_after_init", 2, "MyCallback", ["trylast"]),
     ]
+    assert {row["hook"]: row["result"] for row in found} == {
+        "on_before_init": "first wins",
+        "on_before_download": "first wins",
+        "on_after_init": "all run",
+    }
     assert {row["deployment"] for row in found} == {"tiny/tiny"}
     assert found[0]["distribution"] == DISTRIBUTION
     file, _, line = found[1]["source"].rpartition(":")
@@ -100,15 +105,18 @@ def test_order_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert header.split() == [
         "deployment",
         "hook",
+        "result",
         "position",
         "callback",
         "options",
         "distribution",
         "source",
     ]
-    assert first.split()[:6] == [
+    assert first.split()[:8] == [
         "tiny/tiny",
         "on_before_init",
+        "first",
+        "wins",
         "1",
         "startup_metrics",
         "wrapper",
@@ -152,6 +160,7 @@ def test_a_callback_that_is_only_on_the_cluster_is_listed_without_its_hooks(
     assert found[2] == {
         "deployment": "app/m0",
         "hook": "?",
+        "result": "",
         "position": 2,
         "callback": "Fetch",
         "options": ["only_on_cluster"],

@@ -108,6 +108,13 @@ def test_the_changelog_says_of_each_module_where_it_is() -> None:
             assert module_file(module).exists(), module
 
 
+def test_the_table_of_variables_has_all_that_the_package_reads() -> None:
+    sources = (path.read_text() for path in (ROOT / "rayserve_hooks").rglob("*.py"))
+    read = {name for source in sources for name in re.findall(r"RAYSERVE_HOOKS_[A-Z_]+", source)}
+    page = (ROOT / "docs" / "callbacks.md").read_text()
+    assert {name.strip("`") for name, _ in rows_below(page, "<!-- table: variables -->")} == read
+
+
 def module_file(name: str) -> Path:
     return ROOT / (name.strip("`").replace(".", "/") + ".py")
 

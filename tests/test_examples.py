@@ -6,9 +6,12 @@ from types import SimpleNamespace
 import pytest
 from engine_size import EngineSize
 from my_module import MyCallback
-from plugins_for_tests import parse_callbacks
+from plugins_for_tests import make_ctx, make_manager, parse_callbacks
+from steps import step
 
-from rayserve_hooks import CallbackCtx, get_plugin_manager
+from rayserve_hooks import CallbackCtx, Handled, get_plugin_manager
+from rayserve_hooks.context import NodeResult
+from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import CallbackConfigError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -18,6 +21,19 @@ def test_my_callback_limits_the_engine() -> None:
     ctx = CallbackCtx(llm_config=None)
     MyCallback(max_model_len=64).on_before_init(ctx)
     assert ctx.extra_init_kwargs == {"max_model_len": 64}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_my_callback_works_behind_one_that_brings_the_model(first: bool) -> None:
+    store = step("store", "first" if first else "plain", result="/m", hook="on_before_download")
+    manager, ctx = make_manager(store, MyCallback), make_ctx()
+    handled = manager.hook.on_before_download(ctx=ctx)
+    assert handled == Handled("/m")
+    result = NodeResult(ctx.node, "/m", dict(ctx.custom_data), handled, 0.1, 0.0)
+    recorder_of(ctx).set_nodes({ctx.node.id: result})
+    manager.hook.on_after_init(ctx=ctx)
+    assert ctx.trace[-1].outcome == "returned"
+    assert ("free_bytes" in ctx.custom_data) is not first
 
 
 def test_what_the_manager_returns_for_a_name() -> None:

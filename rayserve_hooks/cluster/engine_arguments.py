@@ -8,7 +8,7 @@ from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.travel import NodeReply
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.failures import step_error
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, logger
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import Phase, describe, raise_from
 
@@ -55,6 +55,7 @@ def merge(ctx: CallbackCtx, reply: NodeReply) -> None:
                     path,
                     entry.hook,
                     node,
+                    extra=call_fields(entry),
                 )
             ours = field == "extra_init_kwargs" and name in theirs
             if ours and merged.setdefault(name, theirs[name]) != theirs[name]:
@@ -64,6 +65,7 @@ def merge(ctx: CallbackCtx, reply: NodeReply) -> None:
                     entry.callback,
                     path,
                     node,
+                    extra=call_fields(entry),
                 )
     recorder_of(ctx).adopt(extra_init_kwargs=merged)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from rayserve_hooks.cluster import _ray, engine_arguments
@@ -16,6 +16,7 @@ from rayserve_hooks.cluster.travel import ModelSource, request_for
 from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.core.running import with_background
 from rayserve_hooks.core.stack import CallbackStack
+from rayserve_hooks.core.takeovers import log_take_over
 from rayserve_hooks.core.threads import run_in_thread
 from rayserve_hooks.errors import Phase
 
@@ -74,8 +75,8 @@ async def initialize(
 
 async def _make_nodes_ready(this: Initialization) -> None:
     handled = await this.call("on_before_init")
-    this.recorder.take_over(handled)
     if handled is not None:
+        this.take_over(handled)
         await check_brought(handled, "on_before_init", this.ctx)
     this.environment.export(this.phase)
     this.enter(Phase.PLACEMENT)
@@ -99,9 +100,10 @@ async def _initialize_nodes(this: Initialization, nodes: list[NodeInfo]) -> None
         for node in others:
             request = request_for(node, ctx, this.manager.stack, source, config, instances)
             this.others.append(RemoteNode(request, ctx.runtime_env))
-    waits: list[Awaitable[NodeResult]] = [node.wait() for node in this.others]
+    waits = [_logged(node.wait(), node) for node in this.others]
     if len(others) < len(nodes):
-        waits.append(initialize_this_node(this.manager, ctx, source, this.enter))
+        here = initialize_this_node(this.manager, ctx, source, this.enter)
+        waits.append(_logged(here, ctx))
     results = {result.node.id: result for result in await _all(waits)}
     for other in this.others:
         assert other.reply is not None
@@ -110,7 +112,15 @@ async def _initialize_nodes(this: Initialization, nodes: list[NodeInfo]) -> None
     this.recorder.set_nodes({node.id: results[node.id] for node in nodes})
 
 
-async def _all(awaitables: list[Awaitable[T]]) -> list[T]:
+async def _logged(wait: Awaitable[NodeResult], traced: RemoteNode | CallbackCtx) -> NodeResult:
+    """Await a node's result, and log who has brought its model, if a callback has."""
+    result = await wait
+    if result.handled is not None:
+        log_take_over(traced.trace, "on_before_download", result.node)
+    return result
+
+
+async def _all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
     """Await all at once; at the first failure cancel the others."""
     futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:

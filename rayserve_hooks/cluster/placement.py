@@ -12,7 +12,7 @@ from rayserve_hooks.cluster import _ray
 from rayserve_hooks.context import CallbackCtx, NodeInfo
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import step_error
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, fields, logger
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import Phase, describe, raise_from
 
@@ -62,13 +62,16 @@ class Placement:
         started = time.monotonic()
         try:
             while not await threads.run_in_thread(group.wait, _LOG_EVERY_S):
+                waited = time.monotonic() - started
+                extra = fields(phase=Phase.PLACEMENT, node=ctx.node.id, seconds=waited)
                 logger.info(
                     "waiting for placement group %s, bundles %s; 'ray status' shows what is free",
                     group.id.hex(),
                     group.bundle_specs,
+                    extra=extra,
                 )
-                patient = time.monotonic() - started < _AUTOSCALER_STARTS_S
-                await threads.run_in_thread(_refuse_impossible, group, patient)
+                patient = waited < _AUTOSCALER_STARTS_S
+                await threads.run_in_thread(_refuse_impossible, group, patient, extra)
         except Exception as error:
             detail = str(error) if isinstance(error, _ImpossibleError) else describe(error)
             failure = step_error(ctx, Phase.PLACEMENT, detail, "placement_group", error)
@@ -92,7 +95,8 @@ class Placement:
             self._made.remove(group)
             remove_placement_group(group)
             text = "removed placement group %s, which this initialization had made"
-            logger.info(text, group.id.hex())
+            extra = fields(phase=Phase.CLEAN_UP, node=self._ctx.node.id)
+            logger.info(text, group.id.hex(), extra=extra)
 
     def _warn_of_reserved(self) -> None:
         """Warn of what a callback that replaces the group of a replica leaves behind."""
@@ -106,6 +110,7 @@ class Placement:
             "placement_group_config of the LLMConfig instead",
             setter.callback if setter else None,
             self._given.bundle_specs,
+            extra=call_fields(setter) if setter else {},
         )
 
 
@@ -113,10 +118,11 @@ class _ImpossibleError(Exception):
     """A placement group that the cluster can never hold."""
 
 
-def _refuse_impossible(group: PlacementGroup, patient: bool) -> None:
+def _refuse_impossible(group: PlacementGroup, patient: bool, extra: Mapping[str, object]) -> None:
     """Raise if the cluster can never hold the group, and nothing adds nodes to it.
 
-    ``patient`` is whether an autoscaler that has not reported may still start.
+    ``patient`` is whether an autoscaler that has not reported may still start; ``extra`` is that of
+    a log record.
     """
     from ray.util.placement_group import placement_group_table
 
@@ -128,7 +134,8 @@ def _refuse_impossible(group: PlacementGroup, patient: bool) -> None:
     have = "; ".join(f"node {node} has {_shown(resources)}" for node, resources in nodes)
     scaled = _ray.autoscaler_runs()
     if scaled or (scaled is None and patient):
-        logger.warning("%s: %s; waiting for an autoscaler to add nodes", problem, have)
+        text = "%s: %s; waiting for an autoscaler to add nodes"
+        logger.warning(text, problem, have, extra=extra)
         return
     raise _ImpossibleError(
         f"{problem}, and no autoscaler runs that would add one: {have}; ask for less in "

@@ -157,8 +157,8 @@ class RayCallback(OwnFailures):
             if raises and blame.warns:
                 with _fatal(ctx, blame, "fix the callback, which raises whatever on_error says"):
                     raise
-            settle(error, ctx, replace(blame, warns=not raises))
             running = recorder_of(ctx).running
+            settle(error, ctx, replace(blame, warns=not raises), running)
             if running is not None:
                 running.outcome = "warned"
 

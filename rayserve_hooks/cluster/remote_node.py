@@ -16,7 +16,7 @@ from rayserve_hooks.context import NodeInfo, NodeResult
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.hooks import CLEAN_UP
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, fields, logger
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import TraceEntry
@@ -156,7 +156,8 @@ class RemoteNode:
             detail = f"on_init_failed {happened}: {describe(cause)}"
             known = self._request.fields
             failures.append(entry_error(cut_off, self.node, Phase.CLEAN_UP, detail, known=known))
-            logger.error("%s", failures[-1])
+            here = fields(phase=Phase.CLEAN_UP, node=self.node.id)
+            logger.error("%s", failures[-1], extra=call_fields(cut_off) if cut_off else here)
         finally:
             self._kill()
         return failures
@@ -172,7 +173,8 @@ class RemoteNode:
                 if not manager_of(request.stack).run_order()[CLEAN_UP]:
                     return  # none that is left has anything to clean up
                 self._actor = self._start(request, _ATTEMPTS)
-            started = sorted({call.callback for call in self._earlier})
+            called = (call for call in self._earlier if call.outcome != "skipped")
+            started = sorted({call.callback for call in called})
             answer = self._actor.clean_up.remote(error, started, followed=True)
             cleaning = self._follow(self._actor, answer)
             limit = self._request.stack.time_limits.on_init_failed
@@ -224,7 +226,9 @@ class RemoteNode:
             except RayError:
                 self._actor = None
             except TimeoutError:
-                logger.warning("killing the process on node %s, which does not stop", self.node)
+                text = "killing the process on node %s, which does not stop"
+                here = fields(phase=Phase.CLEAN_UP, node=self.node.id)
+                logger.warning(text, self.node, extra=here)
                 self._kill()
         return False
 

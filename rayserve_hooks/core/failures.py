@@ -9,7 +9,7 @@ from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
 from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, logger
 from rayserve_hooks.core.masked_errors import masked
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
@@ -68,8 +68,10 @@ class Blame:
         return "warned" if self.goes_on_after(error) else "failed"
 
 
-def settle(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError | None:
-    """Raise what a callback raised as a `HookError`, or log it where the config says so.
+def settle(
+    error: BaseException, ctx: CallbackCtx, blame: Blame, entry: TraceEntry | None
+) -> HookError | None:
+    """Raise what a callback raised in a call as a `HookError`, or log it where the config says so.
 
     A failed clean-up is logged and returned: a list of these is what that hook call returns.
     """
@@ -80,10 +82,12 @@ def settle(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError | 
     failure = hook_error(error, ctx, blame)
     if not (cleaning_up or goes_on):
         raise_from(failure, failure.__cause__)
+    extra = call_fields(entry) if entry else None
     if not goes_on:
-        logger.error("%s", failure, exc_info=failure.__cause__)
+        logger.error("%s", failure, exc_info=failure.__cause__, extra=extra)
         return failure
-    logger.warning("%s (on_error: warn, going on)", failure, exc_info=failure.__cause__)
+    text = "%s (on_error: warn, going on)"
+    logger.warning(text, failure, exc_info=failure.__cause__, extra=extra)
     return None
 
 

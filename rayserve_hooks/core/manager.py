@@ -167,8 +167,15 @@ class PluginManager(pluggy.PluginManager):
     def _instrumented(self, hook: HookFunction, name: str, plugin: object) -> Callable[..., Any]:
         if hook.hook not in HOOKS:
             return hook.function
-        instrument = wrapper_call if hook.options["wrapper"] else plain_call
-        return instrument(hook.function, self.blame(name, hook.hook, plugin))
+        blame = self.blame(name, hook.hook, plugin)
+        if hook.options["wrapper"]:
+            return wrapper_call(hook.function, blame)
+        return plain_call(hook.function, blame, functools.partial(self._later, name, hook.hook))
+
+    def _later(self, name: str, hook: str) -> list[str]:
+        """Return the callbacks that run after one that is no wrapper."""
+        order = self.run_order()[hook]
+        return order[len(order) - order[::-1].index(name) :]  # the last: it may be a wrapper, too
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         if is_a(plugin, RegisteredCallback):

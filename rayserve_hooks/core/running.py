@@ -111,7 +111,7 @@ def _settle(
         error = error.__cause__
     what = f"its background task {entry.background!r} raised "
     blame = replace(manager.blame(entry.callback, entry.hook), what=what)
-    settle(error, ctx, blame)
+    settle(error, ctx, blame, entry)
     entry.outcome = blame.outcome_of(error)
 
 
@@ -123,7 +123,8 @@ async def clean_up(
     ``started`` are callbacks that had started in another process of this node.
     """
     here = (ctx.node.id, os.getpid())
-    started = {*started, *(e.callback for e in ctx.trace if (e.node_id, e.pid) == here)}
+    called = (e for e in ctx.trace if (e.node_id, e.pid) == here and e.outcome != "skipped")
+    started = {*started, *(e.callback for e in called)}
     limit = manager.stack.time_limits.on_init_failed
     try:
         async with time_limit(CLEAN_UP, limit, ctx, Phase.CLEAN_UP):

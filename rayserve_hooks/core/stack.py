@@ -22,7 +22,7 @@ from typing import Any, Literal
 from rayserve_hooks.core.instances import ByObject, Dumps, Instance, class_refusal, identity
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, explained, no_adapter
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import fields, logger
 from rayserve_hooks.core.masked_errors import masked
 from rayserve_hooks.core.masking import redact, shown
 from rayserve_hooks.core.recorder import snapshot
@@ -316,7 +316,8 @@ class CallbackStack:
                 f"deployment; use names of its callbacks (known: {known})"
             )
         for switched_off in sorted(named):
-            logger.warning("callback %r is switched off by %s", switched_off, DISABLE_VARIABLE)
+            text, extra = "callback %r is switched off by %s", fields(callback=switched_off)
+            logger.warning(text, switched_off, DISABLE_VARIABLE, extra=extra)
         entries = tuple(entry for entry in self.entries if entry.name not in named)
         return replace(self, entries=entries, deployment=name)
 

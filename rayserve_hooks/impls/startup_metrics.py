@@ -1,6 +1,5 @@
 """Measure how long each phase of the node initialization took."""
 
-import logging
 import time
 from collections.abc import Generator
 from typing import Any
@@ -8,10 +7,6 @@ from typing import Any
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.arguments import checked_arguments
 from rayserve_hooks.hookspecs import hookimpl
-
-# A child of Ray Serve's logger: in a replica only that one is set up to write INFO lines to the
-# replica's own log file (ray.serve._private.logging_utils, Ray 2.60).
-logger = logging.getLogger("ray.serve.rayserve_hooks")
 
 SECONDS = "rayserve_hooks_phase_seconds_total"
 RUNS = "rayserve_hooks_phase_runs_total"
@@ -73,6 +68,15 @@ class StartupMetrics:
             seconds["before_download", node_result.node.id] = node_result.hook_s
             seconds["download", node_result.node.id] = node_result.download_s
         _export(ctx.llm_config.model_id, seconds)
+        ctx.log.info(
+            "start-up of %s: %s",
+            ctx.llm_config.model_id,
+            ", ".join(
+                f"{phase} {value:.3f} s" + (f" (node {node[:8]})" if node else "")
+                for (phase, node), value in seconds.items()
+            ),
+            extra={"seconds": round(seconds["total", ""], 6)},
+        )
         return result
 
 
@@ -87,11 +91,3 @@ def _export(model_id: str, seconds: dict[tuple[str, str], float]) -> None:
             tags = {"model_id": model_id, "phase": phase, "node": node}
             total.inc(value, tags)
             runs.inc(tags=tags)
-    logger.info(
-        "start-up of %s: %s",
-        model_id,
-        ", ".join(
-            f"{phase} {value:.3f} s" + (f" (node {node[:8]})" if node else "")
-            for (phase, node), value in seconds.items()
-        ),
-    )

@@ -208,14 +208,20 @@ def test_handled_skips_nodes_and_sets_the_model(caplog: pytest.LogCaptureFixture
     ctx = initialize(llm_config)
     assert [(call.hook, call.callback, call.outcome) for call in ctx.trace] == [
         ("on_before_init", "TakeOver", "handled"),
+        ("on_before_init", "Last", "skipped"),
         ("on_after_init", "Last", "returned"),
     ]
     assert not ctx.nodes
     assert ctx.trace[0].reason == "it is baked into the image"
     assert "handled: it is baked into the image" in ctx.trace.table()
     assert re.search(
-        r"initialized tiny in .* s: 0 node\(s\), callbacks TakeOver, Last, handled by a callback: "
-        "it is baked into the image",
+        r"callback 'TakeOver' took over in on_before_init on node .*: it is baked into the image; "
+        r"skipped: the default download; on_before_init of 'Last'",
+        caplog.text,
+    )
+    assert re.search(
+        r"initialized tiny in .* s: 0 node\(s\), callbacks that ran: TakeOver, Last; skipped: "
+        "on_before_init of 'Last'",
         caplog.text,
     )
     engine: Any = llm_config.get_engine_config()
@@ -581,7 +587,9 @@ def test_a_log_line_says_what_is_still_running(
     monkeypatch.setattr(busy_log.handler, "filters", [release])
     initialize(config("lifecycle_callbacks:Block", model_id="running"))
     assert re.search(pattern, busy_log.text), busy_log.text
-    assert re.search(r"initialized running in .* s: 1 node\(s\), callbacks Block", busy_log.text)
+    assert re.search(
+        r"initialized running in .* s: 1 node\(s\), callbacks that ran: Block", busy_log.text
+    )
 
 
 def test_replacing_the_group_this_process_runs_in_is_logged(ray_cluster: Any) -> None:

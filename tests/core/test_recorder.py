@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from plugins_for_tests import hook_log, make_ctx, make_manager
-from steps import Wrapping, call, step, wraps
+from steps import Wrapping, call, outcomes, step, wraps
 
 from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, NodeResult
 from rayserve_hooks.core.recorder import Recorder, changes_between, recorder_of, snapshot
@@ -64,7 +64,7 @@ def test_an_entry_of_a_running_callback_has_no_duration() -> None:
     assert seen == [("running", None)]
 
 
-def test_a_first_result_is_handled_and_ends_the_trace() -> None:
+def test_a_first_result_is_handled_and_the_rest_is_skipped() -> None:
     class Takes:
         def on_before_init(self, ctx: CallbackCtx) -> Handled:
             return Handled("/m")
@@ -74,7 +74,8 @@ def test_a_first_result_is_handled_and_ends_the_trace() -> None:
 
     ctx = make_ctx()
     make_manager(Takes, Never).hook.on_before_init(ctx=ctx)
-    assert [(entry.callback, entry.outcome) for entry in ctx.trace] == [("Takes", "handled")]
+    assert outcomes(ctx) == [("Takes", "handled"), ("Never", "skipped")]
+    assert (ctx.trace[1].reason, ctx.trace[1].duration_s) == ("'Takes' took over", 0.0)
 
 
 def set_nested(ctx: CallbackCtx) -> None:

@@ -77,7 +77,3 @@ def test_prometheus_scrapes_the_true_seconds(open_telemetry: str) -> None:
 def test_it_takes_no_arguments(args: Any, kwargs: dict[str, Any], text: str) -> None:
     with pytest.raises(CallbackConfigError, match=f"StartupMetrics{text}$"):
         StartupMetrics(*args, **kwargs)
-
-
-def test_its_lines_reach_the_log_file_of_a_replica() -> None:
-    assert startup_metrics.logger.name.startswith("ray.serve.")
