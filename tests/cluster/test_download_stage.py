@@ -13,9 +13,8 @@ import pytest
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.download_stage import download_caller
-from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.context import LOGGER_NAME, NodeModelDownloadable
 from rayserve_hooks.core import threads
-from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.download.model import Mirror, download_node
 
 MODEL = "org/tiny"

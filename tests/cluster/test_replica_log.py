@@ -33,10 +33,6 @@ def records(folder: Path, *callbacks: Any, level: str, **variables: str) -> list
 
     settings = LoggingConfig(encoding="JSON", log_level=level, logs_dir=str(folder))
 
-    @serve.deployment(
-        logging_config=settings.model_dump(),
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": variables}},
-    )
     class Initializes:
         async def __call__(self) -> int:
             config = rayserve_hooks.LLMConfig(
@@ -47,8 +43,14 @@ def records(folder: Path, *callbacks: Any, level: str, **variables: str) -> list
             await rayserve_hooks.initialize_node(config)
             return os.getpid()
 
-    serve.run(Initializes.bind(), name="logs", route_prefix="/logs").remote().result()
-    lines = [line for file in folder.glob("replica_*") for line in file.read_text().splitlines()]
+    deployment: Any = serve.deployment(
+        Initializes,
+        logging_config=settings.model_dump(),
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": variables}},
+    )
+    serve.run(deployment.bind(), name="logs", route_prefix="/logs").remote().result()
+    (file,) = folder.rglob("*.log")
+    lines = file.read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
