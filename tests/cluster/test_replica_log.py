@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,17 @@ def records(folder: Path, *callbacks: Any, level: str, **variables: str) -> list
 
     settings = LoggingConfig(encoding="JSON", log_level=level, logs_dir=str(folder))
 
+    # Made here, so that the replica imports vLLM before it opens its log file, as one of Ray Serve
+    # LLM does: vLLM's import closes all handlers.
+    config = rayserve_hooks.LLMConfig(
+        model_id="tiny",
+        callbacks=list(callbacks),
+        placement_group_config={"bundles": [{"CPU": 1}]},
+    )
+
     class Initializes:
-        async def __call__(self) -> int:
-            config = rayserve_hooks.LLMConfig(
-                model_id="tiny",
-                callbacks=list(callbacks),
-                placement_group_config={"bundles": [{"CPU": 1}]},
-            )
+        async def __call__(self) -> None:
             await rayserve_hooks.initialize_node(config)
-            return os.getpid()
 
     deployment: Any = serve.deployment(
         Initializes,
