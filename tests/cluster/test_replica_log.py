@@ -71,7 +71,7 @@ def test_a_replicas_json_log_has_the_callbacks_lines_and_fields(
         assert record["phase"] == record["hook"].removeprefix("on_").replace("_", " ")
         assert record["seconds"] >= 0
         assert record["filename"] == "lifecycle_callbacks.py"
-    (summary,) = (r for r in found if r["message"].startswith("initialized tiny"))
+    (summary,) = (r for r in found if r["message"].startswith("initialized logs/Initializes"))
     assert summary["seconds"] > 0
     assert not any("what ran" in record["message"] for record in found)
 
