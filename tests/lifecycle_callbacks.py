@@ -220,7 +220,7 @@ class Logs:
 
     def on_before_init(self, ctx: CallbackCtx) -> None:
         ctx.log.info("in a %s", "hook")
-        ctx.run_in_background(ctx.log.info, "in the background")
+        ctx.run_in_background(lambda: ctx.log.info("in the background"))
 
     async def on_before_download(self, ctx: CallbackCtx) -> None:
         await asyncio.sleep(0)
