@@ -1,7 +1,7 @@
 """Each command of the documentation is run as it is written, one shell for each page, in a clone.
 
-The clone's ``.venv`` sees the packages of the environment that the tests run in. So the commands that
-install find everything there, and only what belongs to the clone is new.
+The clone's ``.venv`` sees the packages of the environment that the tests run in. So the commands
+that install find everything there, and only what belongs to the clone is new.
 """
 
 from __future__ import annotations
