@@ -32,16 +32,31 @@ NOT_RUN = {
     "pip install '.[engine]'": "CUDA packages of 10 GB; 'ray[llm]' pins them",
 }
 SERVES = {".venv/bin/serve run examples/serve_config.yaml"}
+# These start Ray, and leave no process.
+ENDS_ALL = {"make demo", ".venv/bin/python examples/quick_start.py"}
 # A page that comes after another one, which has installed.
 BEFORE = {"callbacks.md": ["make install"]}
 SAYS = {
-    "make demo": "all checks passed; no process is left",
-    ".venv/bin/rayserve-hooks order examples/serve_config.yaml --app-dir examples": "MyCallback",
+    "make demo": (
+        "on_before_init      startup_metrics, MyCallback, custom_placement_group",
+        *(
+            f"\N{CHECK MARK} {title}: "
+            for title in (
+                "my own callback",
+                "download policy",
+                "start-up metrics",
+                "custom placement group",
+                "full custom initialization",
+            )
+        ),
+        "all checks passed; no process is left",
+    ),
+    ".venv/bin/rayserve-hooks order examples/serve_config.yaml --app-dir examples": ("MyCallback",),
     ".venv/bin/python examples/quick_start.py": (
-        "on_before_init ['startup_metrics', 'MyCallback']"
+        "on_before_init ['startup_metrics', 'MyCallback']",
     ),
     # Ray logs what a YAML file gives to callbacks, as docs/callbacks.md says.
-    ".venv/bin/serve run examples/serve_config.yaml": "'kwargs': {'max_model_len': 192}",
+    ".venv/bin/serve run examples/serve_config.yaml": ("'kwargs': {'max_model_len': 192}",),
 }
 
 
@@ -101,7 +116,7 @@ class Shell:
             f'while IFS= read -r -u {lines} line; do eval "$line" {lines}<&- {codes}>&-; '
             f"echo $? >&{codes}; done"
         )
-        self.output = output
+        self.output, self.ray_folder = output, environment["RAY_TMPDIR"]
         with output.open("w") as file:
             self.process = subprocess.Popen(
                 ["bash", "-c", loop],
@@ -195,9 +210,13 @@ def test_the_commands_of_a_page(page: Path, tmp_path: Path) -> None:
             code = shell.code()
             said = shell.output.read_text()[before:]
             assert code == 0, f"{command}\n{said}"
-            assert SAYS.get(command, "") in said, f"{command}\n{said}"
+            missing = [text for text in SAYS.get(command, ()) if text not in said]
+            assert not missing, f"{command}\n{missing}\n{said}"
+            if command in ENDS_ALL:
+                ours = processes.marked("RAY_TMPDIR", shell.ray_folder)
+                assert [process.pid for process in ours] == [shell.process.pid], command
 
 
 def test_what_is_not_run_or_is_treated_otherwise_is_in_a_page() -> None:
-    assert {*NOT_RUN, *SERVES, *SAYS} <= COMMANDS
+    assert {*NOT_RUN, *SERVES, *SAYS, *ENDS_ALL} <= COMMANDS
     assert BEFORE.keys() <= {page.name for page in PAGES}

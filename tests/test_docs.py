@@ -21,6 +21,7 @@ from rayserve_hooks.core.failures import Blame, hook_error
 from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.loading import short_names
 from rayserve_hooks.hookspecs import RayServeLLMCallback
+from rayserve_hooks.impls import startup_metrics
 from rayserve_hooks.impls.custom_placement_group import Strategy
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +88,11 @@ def test_the_tables_of_the_shipped_callbacks_are_their_arguments() -> None:
             else:
                 expected = json.loads(json.dumps(field.default))
                 assert yaml.safe_load(default.strip("`")) == expected, argument
+
+
+def test_the_metrics_in_the_docs_are_those_that_are_exported() -> None:
+    named = re.findall(r"`ray_(rayserve_hooks_\w+)`", (ROOT / "docs" / "callbacks.md").read_text())
+    assert set(named) == {startup_metrics.SECONDS, startup_metrics.RUNS}
 
 
 def test_the_docs_name_each_choice_of_the_shipped_callbacks() -> None:
