@@ -1,4 +1,4 @@
-"""`LLMConfig` with callbacks. It imports Ray Serve LLM, but starts no cluster."""
+"""`LLMConfig` with callbacks. It imports Ray Serve LLM; one test needs a cluster."""
 
 from __future__ import annotations
 
@@ -421,7 +421,8 @@ def test_rays_own_config_refuses_what_the_readme_says(name: str) -> None:
 
 
 def test_ray_logs_the_environment_of_a_config_and_no_arguments_of_callbacks(
-    capfd: pytest.CaptureFixture[str],
+    ray_cluster: Any,  # or Ray's builder starts one
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from ray.serve.llm import build_openai_app
 
@@ -430,6 +431,5 @@ def test_ray_logs_the_environment_of_a_config_and_no_arguments_of_callbacks(
     build_openai_app(
         {"llm_configs": [make(model_id="tiny", callbacks=[callback], runtime_env=environment)]}
     )
-    logged = capfd.readouterr().err
-    assert "of-the-environment" in logged
-    assert "of-the-callback" not in logged
+    assert "of-the-environment" in caplog.text
+    assert "of-the-callback" not in caplog.text
