@@ -72,6 +72,28 @@ class DownloadError(HooksError, RuntimeError):
     """The default download of a node failed, or what it left is not a model."""
 
 
+class MissingExtraError(HooksError, ImportError):
+    """Packages are not installed that an extra of this distribution brings."""
+
+
+def missing_extra(what: str, packages: Sequence[str], install: str) -> str:
+    """Return a text that names the packages that are missing, and the extra that brings them.
+
+    Args:
+        what: What needs the packages.
+        packages: Their names as modules.
+        install: The extra, and where to install it.
+    """
+    plural = "s" if len(packages) > 1 else ""
+    return f"{what} needs the package{plural} {', '.join(map(repr, packages))}; install {install}"
+
+
+def missing_download_extra(what: str, error: ImportError) -> str:
+    """Return the text for a download whose client cannot be imported."""
+    package = (error.name or str(error)).partition(".")[0]
+    return missing_extra(what, [package], "'rayserve_hooks[download]' on every node")
+
+
 class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a traceback
     """Stands in for an original exception; keeps its type's name and its text.
 

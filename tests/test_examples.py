@@ -1,10 +1,12 @@
 """What the documentation shows of the examples: a callback tested by hand, checked arguments."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from engine_size import EngineSize
+from hub_token import HubToken
 from my_module import MyCallback
 from plugins_for_tests import make_ctx, make_manager, parse_callbacks
 from steps import step
@@ -74,3 +76,12 @@ def test_refused_arguments_are_what_the_page_shows() -> None:
     with pytest.raises(CallbackConfigError) as caught:
         entry.create()
     assert all(line in str(caught.value) for line in shown)
+
+
+def test_a_secret_is_read_from_its_file_where_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "another")
+    (tmp_path / "token").write_text("hf_mounted\n")
+    HubToken(str(tmp_path / "token")).on_before_download(CallbackCtx(llm_config=None))
+    assert os.environ["HF_TOKEN"] == "hf_mounted"

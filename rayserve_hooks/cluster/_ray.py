@@ -6,15 +6,18 @@ function imports what it needs. Everything here was read in Ray 2.60.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
+from rayserve_hooks.errors import MissingExtraError, missing_extra
 
 if TYPE_CHECKING:
     from ray.llm._internal.common.callbacks.base import CallbackBase as CallbackBase  # noqa: PLC0414 - for mypy it is exported so
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from rayserve_hooks.core.stack import CallbackStack
     from rayserve_hooks.download.model import Mirror
 
+# What ``import ray.serve.llm`` needs beside ``ray[serve]``.
+ENGINE_PACKAGES = ("jsonref", "pandas", "pyarrow", "typer", "vllm")
 HOOKS_CALLBACK = "rayserve_hooks.HooksCallback"
 _SLOT = "rayserve_hooks.cluster.slot"
 _CALLBACK_BASE = ("ray.llm._internal.common.callbacks.base", "CallbackBase")
@@ -35,6 +40,35 @@ def __getattr__(name: str) -> Any:
     if name != "CallbackBase":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _rays_own_class()
+
+
+@contextlib.contextmanager
+def needs_engine(what: str) -> Iterator[None]:
+    """Name the extra where the block imports ``ray.serve.llm`` and what that needs is missing.
+
+    Ray names one missing package at a time, and those that only ``ray[llm]`` brings not as such.
+
+    Args:
+        what: What needs it.
+
+    Raises:
+        MissingExtraError: Packages of the engine are not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        absent = [name for name in ENGINE_PACKAGES if _is_absent(name)]
+        if not absent:  # something is installed and broken, which Ray and Python say better
+            raise
+        install = "'rayserve_hooks[engine]', or 'rayserve_hooks[engine-cpu]' where no GPU is"
+        raise MissingExtraError(missing_extra(what, absent, install)) from error
+
+
+def _is_absent(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is None
+    except (ImportError, ValueError):  # somebody hides it
+        return True
 
 
 def runs_hooks(named: str | type) -> bool:

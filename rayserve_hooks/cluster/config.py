@@ -14,7 +14,6 @@ from pydantic import (
     model_validator,
 )
 from ray import cloudpickle
-from ray.serve.llm import LLMConfig as RayLLMConfig
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.stacks import parse
@@ -23,6 +22,9 @@ from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.masking import shown
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, Problems
+
+with _ray.needs_engine("rayserve_hooks.LLMConfig"):
+    from ray.serve.llm import LLMConfig as RayLLMConfig
 
 
 class LLMConfig(RayLLMConfig):

@@ -19,7 +19,7 @@ from typing import TypeVar
 from rayserve_hooks.download import settings
 from rayserve_hooks.download.caller import STANDALONE, Caller
 from rayserve_hooks.download.store_errors import failure, native, shown
-from rayserve_hooks.errors import DownloadError
+from rayserve_hooks.errors import DownloadError, missing_download_extra
 
 STATE_FOLDER = ".rayserve_hooks"
 """Where this package keeps markers and partial files, in the folder it downloads to."""
@@ -312,10 +312,7 @@ def open_source(uri: str, caller: Caller = STANDALONE) -> Source:
         # Credentials may be a request, too.
         (source,) = supervised(make, caller, what, threading.Event())
     except ImportError as error:
-        raise DownloadError(
-            f"downloading {shown(uri)} needs the package {(error.name or '').partition('.')[0]!r}; "
-            "install 'rayserve_hooks[download]' on every node"
-        ) from error
+        raise DownloadError(missing_download_extra(f"downloading {shown(uri)}", error)) from error
     except Exception as error:  # each client raises classes of its own
         raise failure(what, error, check="the URI and the credentials") from error
     return source

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import processes
 import pytest
 import requests
 import yaml
@@ -212,13 +211,3 @@ def test_two_worker_ranks(ray_cluster: Any, tiny_model: Path, tmp_path: Path) ->
     # vLLM refuses to start two ranks on CPU without the variable that the callback sets.
     serve.run(build_openai_app({"llm_configs": [config]}), name="ranks", route_prefix="/ranks")
     assert chat(f"http://127.0.0.1:{ray_cluster.http_port}/ranks", "hello").status_code == 200
-
-
-def test_the_quick_start() -> None:
-    script = ROOT / "examples" / "quick_start.py"
-    with processes.none_left():
-        done = subprocess.run(
-            [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    assert done.returncode == 0, done.stderr
-    assert "on_before_init ['startup_metrics', 'MyCallback']" in done.stdout
