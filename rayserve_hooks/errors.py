@@ -70,6 +70,10 @@ class DownloadError(HooksError, RuntimeError):
     """The default download of a node failed, or what it left is not a model."""
 
 
+class PlacementError(HooksError, RuntimeError):
+    """A placement group that the cluster can never hold."""
+
+
 class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a traceback
     """Stands in for an original exception; keeps its type's name and its text.
 

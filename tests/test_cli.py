@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import socket
@@ -26,8 +27,9 @@ from rayserve_hooks.cli import main
 from rayserve_hooks.core.loading import short_names
 
 ROOT = Path(__file__).parent.parent
+OURS = "rayserve_hooks.HooksCallback"
 BUILDER = "ray.serve.llm:build_openai_app"
-CONFIGS = f"applications: [{{import_path: '{BUILDER}', args: {{llm_configs:"
+CONFIGS = "applications: [{args: {llm_configs:"
 EXAMPLE = str(ROOT / "examples" / "serve_config.yaml")
 DISTRIBUTION = f"rayserve_hooks {importlib.metadata.version('rayserve_hooks')}"
 
@@ -292,27 +294,27 @@ def test_a_config_without_callbacks(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("a: [", "cannot read"),
         ("applications: [x]", "applications holds 'x', no mapping; write one for each"),
         (
-            "applications: [{import_path: 'ray.serve.llm:build_openai_app', args: 3}]",
+            "applications: [{args: 3}]",
             "default: args is 3; write a mapping",
         ),
         (
-            "applications: [{import_path: 'ray.serve.llm:build_openai_app', args: [a]}]",
+            "applications: [{args: [a]}]",
             "default: args is ['a']; write a mapping",
         ),
         (
-            "applications: [{import_path: 'ray.serve.llm:build_openai_app', args: {llm_configs: 3}}]",
-            "llm_configs is 3; write a list, even of one",
+            "applications: [{args: {llm_configs: 3}}]",
+            "llm_configs is 3; write a list",
         ),
         (
-            "applications: [{import_path: 'ray.serve.llm:build_openai_app', args: {llm_configs: x.yaml}}]",
+            "applications: [{args: {llm_configs: x.yaml}}]",
             "llm_configs is 'x.yaml'; write a list",
         ),
         (
-            "applications: [{import_path: 'ray.serve.llm:build_openai_app', args: {llm_configs: [3]}}]",
+            "applications: [{args: {llm_configs: [3]}}]",
             "default: llm_configs[0] is 3; write a map",
         ),
         (
-            "applications: [{import_path: 'ray.serve.llm:build_openai_app', args: {llm_configs: [no.yaml]}}]",
+            "applications: [{args: {llm_configs: [no.yaml]}}]",
             "cannot read 'no.yaml': [Errno 2]",
         ),
         (
@@ -332,7 +334,7 @@ def test_a_config_without_callbacks(tmp_path: Path, capsys: pytest.CaptureFixtur
             "callback_kwargs is [3]; w",
         ),
         (
-            f"{CONFIGS} [{{callback_config: {{callback_class: rayserve_hooks.HooksCallback, callback_kwargs: {{1: a, b: c}}}}}}]}}}}]",
+            f"{CONFIGS} [{{callback_config: {{callback_class: {OURS}, callback_kwargs: {{1: a, b: c}}}}}}]}}}}]",
             "- default/?: callback_kwargs has unknown key 'b'; HooksCallback takes",
         ),
         (
@@ -353,7 +355,7 @@ def test_no_serve_config(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(text)
+    path.write_text(text.replace("[{args", f"[{{import_path: '{BUILDER}', args"))
     assert main(["order", str(path)]) == 1
     assert message in capsys.readouterr().err
 
@@ -440,24 +442,42 @@ def some_yaml(random: Random, depth: int = 0) -> Any:
     if depth < len(NESTED) and kind < 0.9:
         rest = {random.choice([*keys, 1, None]): some_yaml(random, depth + 2) for _ in size}
         inner = some_yaml(random, depth + 1)
-        rest |= required(NESTED[depth], random) if random.random() < 0.8 else {}
         return {**rest, NESTED[depth]: [inner] if random.random() < 0.5 else inner}
     if kind < 0.8:
         return {random.choice(keys): some_yaml(random, depth + 1) for _ in size}
     return random.choice(words)
 
 
-def required(key: str, random: Random) -> dict[str, Any]:
-    """Return what stands beside a key in a config that is right."""
-    beside: dict[str, dict[str, Any]] = {
-        "args": {
-            "import_path": random.choice([BUILDER, "my_app:app"]),
-            "name": str(random.random()),
-        },
-        "callback_config": {"model_loading_config": {"model_id": str(random.random())}},
-        "callback_kwargs": {"callback_class": "rayserve_hooks.HooksCallback"},
+def nearly_right(random: Random) -> Any:
+    """Return a config of one of the builders, in which one place may hold anything."""
+    settings = {"callback_class": OURS, "callback_kwargs": {"callbacks": ["startup_metrics"]}}
+    llm_config = {
+        "model_loading_config": {"model_id": "m"},
+        "callback_config": settings,
+        "engine_kwargs": {"kv_transfer_config": {}},
+        "placement_group_config": {"bundles": [{"CPU": 1}]},
     }
-    return beside.get(key, {})
+    args: dict[str, Any] = random.choice(
+        [
+            {"llm_configs": [llm_config]},
+            {"llm_config": llm_config},
+            {"prefill_config": llm_config, "decode_config": llm_config},
+        ]
+    )
+    kind = {"llm_configs": "", "llm_config": "dp_", "prefill_config": "pd_"}[next(iter(args))]
+    import_path = random.choice([f"ray.serve.llm:build_{kind}openai_app", "my_app:build"])
+    whole = {"applications": [{"import_path": import_path, "args": args}]}
+    place: Any = copy.deepcopy(whole)
+    whole = place
+    while random.random() < 0.8 and place:
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        key = random.choice(keys)
+        if random.random() < 0.2:
+            place[key] = some_yaml(random, 3)
+        if not isinstance(place[key], dict | list):
+            break
+        place = place[key]
+    return whole
 
 
 NESTED = ("applications", "args", "llm_configs", "callback_config", "callback_kwargs", "callbacks")
@@ -472,7 +492,7 @@ def test_any_yaml_ends_in_a_table_or_in_the_documented_error(
     path = tmp_path / "x.yaml"
     codes = set()
     for number in range(600):
-        text = yaml.dump(some_yaml(random))
+        text = yaml.dump(nearly_right(random) if number % 3 else some_yaml(random))
         if number % 4 == 0:  # cut somewhere, or one character is another
             place = random.randrange(len(text) + 1)
             text = text[:place] + random.choice(["", ":", "[", "\t", "&a *a", "\0"])
@@ -480,7 +500,7 @@ def test_any_yaml_ends_in_a_table_or_in_the_documented_error(
         options = ["--import-only"] if number % 2 else []
         code = main(["order", str(path), *options])
         captured = capsys.readouterr()
-        assert (code, captured.err[:16]) in [(0, ""), (1, "rayserve-hooks: ")]
+        assert (code, captured.err[:16]) in [(0, ""), (1, "rayserve-hooks: ")], text
         codes.add(code)
         if time.monotonic() > until:
             return

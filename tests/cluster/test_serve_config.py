@@ -127,7 +127,10 @@ REFUSED = [  # by Ray, too
         with_llm(engine_kwarg={}),
         "app/m has unknown key 'engine_kwarg'; did you mean 'engine_kwargs",
     ),
-    (with_llm(model_id="m"), "'model_id', which belongs to model_loading_config of an LLM config"),
+    (
+        with_llm(model_source="m"),
+        "'model_source', which belongs to model_loading_config of an LLM config",
+    ),
     (with_llm(llm_engine="vllm"), "app/m: llm_engine is 'vllm'; use one of vLLM"),
     (with_llm(engine_kwargs=None), "app/m: engine_kwargs is None; write a mapping"),
     (with_llm(model_loading_config={"model_id": 3}), "model_id is 3; write a string"),
@@ -189,6 +192,7 @@ def test_what_ray_accepts_is_read(loaded: dict[str, Any], tmp_path: Path) -> Non
 
 
 @pytest.mark.slow  # it imports Ray's own classes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_ray_comes_to_the_same_verdicts() -> None:
     assert [accepted_by_ray(loaded) for loaded, _ in REFUSED] == [False] * len(REFUSED)
     for loaded in [*ACCEPTED, *(loaded for loaded, _ in RUNS_NOTHING)]:
@@ -208,6 +212,7 @@ def accepted_by_ray(loaded: dict[str, Any]) -> bool:
 
 
 @pytest.mark.slow  # it imports Ray's own classes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_names_are_rays() -> None:
     from ray.llm._internal.common.callbacks.base import CallbackConfig
     from ray.llm._internal.common.placement import PlacementGroupConfig
