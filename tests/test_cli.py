@@ -334,7 +334,10 @@ def test_a_config_without_callbacks(tmp_path: Path, capsys: pytest.CaptureFixtur
             "callback_kwargs is [3]; w",
         ),
         (
-            f"{CONFIGS} [{{callback_config: {{callback_class: {OURS}, callback_kwargs: {{1: a, b: c}}}}}}]}}}}]",
+            (
+                f"{CONFIGS} [{{callback_config: {{callback_class: {OURS}, callback_kwargs: "
+                "{1: a, b: c}}}]}}]"
+            ),
             "- default/?: callback_kwargs has unknown key 'b'; HooksCallback takes",
         ),
         (

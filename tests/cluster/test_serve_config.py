@@ -1,4 +1,4 @@
-"""Serve config files of every shape, as they are read without Ray, and Ray's own verdict on them."""
+"""Serve config files of every shape, read without Ray, and Ray's own verdict on them."""
 
 from __future__ import annotations
 
@@ -84,10 +84,11 @@ def test_several_applications_of_which_one_is_python(tmp_path: Path) -> None:
     python = {"name": "web", "route_prefix": "/web", "import_path": "my_app:app"}
     found = read_apps(tmp_path, app("", llm_configs=[llm()]), python)
     assert [name for name, _ in found.stacks] == ["app/m"]
-    assert found.unseen == [
+    (unseen,) = found.unseen
+    assert unseen == (
         "web: 'my_app:app' is Python, which is not run here; callbacks of an LLMConfig that is "
         "made there are checked when it is made"
-    ]
+    )
 
 
 @pytest.mark.parametrize(
