@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rayserve_hooks.cluster import _ray, placement
+from rayserve_hooks.core.log import logger
 from rayserve_hooks.errors import PlacementError
 
 
@@ -61,7 +62,7 @@ def test_with_an_autoscaler_it_warns(
     cluster: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster["autoscaler"] = True
-    monkeypatch.setattr(placement.logger, "propagate", True)
+    monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         placement.refuse_unplaceable(config([{"GPU": 1}]))
     assert "no node can hold bundle" in caplog.text

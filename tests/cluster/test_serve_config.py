@@ -16,7 +16,7 @@ FIRST = {
     "callback_class": "rayserve_hooks.HooksCallback",
     "callback_kwargs": {"callbacks": ["startup_metrics"]},
 }
-KV = {"engine_kwargs": {"kv_transfer_config": {"kv_connector": "NixlConnector"}}}
+KV: dict[str, Any] = {"engine_kwargs": {"kv_transfer_config": {"kv_connector": "NixlConnector"}}}
 
 
 def llm(model_id: str = "m", **fields: Any) -> dict[str, Any]:
