@@ -230,11 +230,11 @@ def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
 
 
 def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
-    """Return the cluster's nodes, each with all the resources it has, used or not."""
+    """Return the cluster's nodes, this one first, with all resources they have, used or not."""
     import ray
 
     own = own_node()
-    return [
+    nodes = [
         (
             NodeInfo(node["NodeID"], node["NodeManagerAddress"], node["NodeID"] == own.id),
             node["Resources"],
@@ -242,6 +242,8 @@ def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+    # Ray's order is that of random ids.
+    return sorted(nodes, key=lambda node: (not node[0].is_local, node[0].id))
 
 
 def autoscaler_runs() -> bool | None:
