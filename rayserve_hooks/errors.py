@@ -94,6 +94,10 @@ def missing_download_extra(what: str, error: ImportError) -> str:
     return missing_extra(what, [package], "'rayserve_hooks[download]' on every node")
 
 
+class PlacementError(HooksError, RuntimeError):
+    """A placement group that the cluster can never hold."""
+
+
 class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a traceback
     """Stands in for an original exception; keeps its type's name and its text.
 

@@ -158,7 +158,9 @@ def _replica_context() -> Any:
 
 def _engine(config: LLMConfig) -> Any:
     """Return the engine's part of a config. Ray annotates it as optional, but it never is."""
-    return config.get_engine_config()
+    # Ours checks there what Serve is about to reserve, which is not what is being done here.
+    unchecked = getattr(type(config), "unchecked_engine_config", None)
+    return unchecked(config) if unchecked else config.get_engine_config()
 
 
 def default_download_mode(config: LLMConfig) -> NodeModelDownloadable:
@@ -186,6 +188,47 @@ def current_placement_group() -> PlacementGroup | None:
     from ray.util.placement_group import get_current_placement_group
 
     return get_current_placement_group()
+
+
+def may_build_deployments() -> bool:
+    """Return whether Serve may build a deployment in this process: a driver, or a task of Serve's.
+
+    An actor, such as a replica or a node's process, runs where groups have been had.
+    """
+    import ray
+
+    if not ray.is_initialized() or ray.util.client.ray.is_connected():
+        return False
+    return ray.get_runtime_context().get_actor_id() is None and current_placement_group() is None
+
+
+def replica_bundles(config: LLMConfig) -> tuple[list[dict[str, float]], str]:
+    """Return what Serve reserves for a replica, and the strategy; no bundles if it does not.
+
+    As ``LLMServer.get_deployment_options``, which cannot be asked: it asks the config for its
+    engine. The replica's own actor is in the first bundle.
+    """
+    engine = _engine(config)
+    accelerator = getattr(engine, "accelerator", None)
+    if getattr(accelerator, "requires_deferred_placement_group", False):  # of a TPU's topology
+        return [], ""
+    options = config.deployment_config.get("ray_actor_options") or {}
+    actor = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
+    actor |= options.get("resources") or {}
+    if "memory" in options:
+        actor["memory"] = options["memory"]
+    first, *others = engine.placement_bundles or [{}]
+    merged = {name: first.get(name, 0) + actor.get(name, 0) for name in {**first, **actor}}
+    bundles = [merged, *others]
+    wanted = [{name: amount for name, amount in b.items() if amount} for b in bundles]
+    return wanted, engine.placement_strategy
+
+
+def strategy_of(group: PlacementGroup) -> str:
+    """Return how a group's bundles are spread over nodes, such as ``"PACK"``."""
+    from ray.util.placement_group import placement_group_table
+
+    return placement_group_table(group)["strategy"]  # type: ignore[no-any-return]
 
 
 def create_default_placement_group(config: LLMConfig) -> PlacementGroup:
@@ -254,11 +297,11 @@ def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
 
 
 def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
-    """Return the cluster's nodes, each with all the resources it has, used or not."""
+    """Return the cluster's nodes, this one first, with all resources they have, used or not."""
     import ray
 
     own = own_node()
-    return [
+    nodes = [
         (
             NodeInfo(node["NodeID"], node["NodeManagerAddress"], node["NodeID"] == own.id),
             node["Resources"],
@@ -266,6 +309,8 @@ def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+    # Ray's order is that of random ids.
+    return sorted(nodes, key=lambda node: (not node[0].is_local, node[0].id))
 
 
 def autoscaler_runs() -> bool | None:

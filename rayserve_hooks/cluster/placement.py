@@ -14,12 +14,14 @@ from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import step_error
 from rayserve_hooks.core.log import call_fields, fields, logger
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import Phase, describe, raise_from
+from rayserve_hooks.errors import Phase, PlacementError, describe, raise_from
 
 if TYPE_CHECKING:
+    from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
 
 _LOG_EVERY_S = 5.0
+_POLL_S = 0.5
 _AUTOSCALER_STARTS_S = 30.0  # on Kubernetes it is another container, and may come up later
 
 
@@ -71,9 +73,12 @@ class Placement:
                     extra=extra,
                 )
                 patient = waited < _AUTOSCALER_STARTS_S
-                await threads.run_in_thread(_refuse_impossible, group, patient, extra)
+                strategy = await threads.run_in_thread(_ray.strategy_of, group)
+                await threads.run_in_thread(
+                    _refuse_impossible, group.bundle_specs, strategy, patient, extra
+                )
         except Exception as error:
-            detail = str(error) if isinstance(error, _ImpossibleError) else describe(error)
+            detail = str(error) if isinstance(error, PlacementError) else describe(error)
             failure = step_error(ctx, Phase.PLACEMENT, detail, "placement_group", error)
             raise_from(failure, failure.__cause__)
         return group
@@ -114,33 +119,62 @@ class Placement:
         )
 
 
-class _ImpossibleError(Exception):
-    """A placement group that the cluster can never hold."""
+def refuse_unplaceable(config: LLMConfig) -> None:
+    """Raise if the cluster can never hold what Serve reserves for a replica of this config.
+
+    It is called where a deployment is built: Serve starts no replica before it has the group, so
+    nothing in a replica could say that it never will. Where an autoscaler runs it only warns, and
+    waits for one that has not reported yet. Does nothing without a cluster, or in an actor.
+
+    Raises:
+        PlacementError: Names the bundle, what the nodes have, and what to change.
+    """
+    if not _ray.may_build_deployments():
+        return
+    bundles, strategy = _ray.replica_bundles(config)
+    started = time.monotonic()
+    try:
+        while bundles:
+            patient = time.monotonic() - started < _AUTOSCALER_STARTS_S
+            unsure = patient and _ray.autoscaler_runs() is None
+            if not unsure or not _impossible(bundles, strategy)[0]:
+                break
+            time.sleep(_POLL_S)
+        _refuse_impossible(bundles, strategy, patient=False)
+    except PlacementError as error:
+        raise PlacementError(f"deployment of {config.model_id!r}: {error}") from None
 
 
-def _refuse_impossible(group: PlacementGroup, patient: bool, extra: Mapping[str, object]) -> None:
+def _refuse_impossible(
+    bundles: Sequence[Mapping[str, float]],
+    strategy: str,
+    patient: bool,
+    extra: Mapping[str, object] | None = None,
+) -> None:
     """Raise if the cluster can never hold the group, and nothing adds nodes to it.
 
     ``patient`` is whether an autoscaler that has not reported may still start; ``extra`` is that of
     a log record.
     """
-    from ray.util.placement_group import placement_group_table
-
-    strategy = placement_group_table(group)["strategy"]
-    nodes = _ray.live_nodes()
-    problem = _too_much(group.bundle_specs, strategy, [resources for _, resources in nodes])
+    problem, have = _impossible(bundles, strategy)
     if not problem:
         return
-    have = "; ".join(f"node {node} has {_shown(resources)}" for node, resources in nodes)
     scaled = _ray.autoscaler_runs()
     if scaled or (scaled is None and patient):
         text = "%s: %s; waiting for an autoscaler to add nodes"
         logger.warning(text, problem, have, extra=extra)
         return
-    raise _ImpossibleError(
+    raise PlacementError(
         f"{problem}, and no autoscaler runs that would add one: {have}; ask for less in "
         "placement_group_config, or where the group is made, or add nodes"
     )
+
+
+def _impossible(bundles: Sequence[Mapping[str, float]], strategy: str) -> tuple[str, str]:
+    """Return what the cluster can never hold, or nothing, and what its nodes have."""
+    nodes = _ray.live_nodes()
+    problem = _too_much(bundles, strategy, [resources for _, resources in nodes])
+    return problem, "; ".join(f"node {node} has {_shown(resources)}" for node, resources in nodes)
 
 
 def _too_much(
