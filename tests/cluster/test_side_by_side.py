@@ -129,7 +129,8 @@ def test_both_download_the_same(
 ) -> None:
     model = tmp_path / "bucket" / "tiny"
     model.mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "model.safetensors", "hash"):
+    (model / "hash").write_text("0123abcd")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (model / name).write_text("{}")
     with s3.serving(tmp_path) as server:
         settings = {"AWS_ENDPOINT_URL": server.url, "AWS_DEFAULT_REGION": "us-east-1"}
