@@ -145,7 +145,8 @@ def test_a_config_of_ray_that_names_a_ray_callback_is_a_list_of_one() -> None:
     from ray.serve.llm import LLMConfig
 
     class Foreign(CallbackBase):
-        pass
+        async def on_before_node_init(self) -> None:
+            pass
 
     config = LLMConfig(
         model_loading_config={"model_id": "m"},
