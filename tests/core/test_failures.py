@@ -117,7 +117,7 @@ def test_an_entry_overrules_the_stack() -> None:
         make_manager(failing, on_error="warn").hook.on_before_init(ctx=make_ctx())
 
 
-SECRET = "hf_abcdefgh"
+SECRET = "abcd-efgh-1"
 
 
 def leaks(self: object, ctx: CallbackCtx) -> None:
@@ -185,6 +185,55 @@ def test_a_secret_reaches_no_log_of_a_failed_clean_up(caplog: pytest.LogCaptureF
         )
     assert "ValueError: 401 for ***" in caplog.text
     assert SECRET not in caplog.text
+
+
+class OnClass:
+    hf_token = SECRET
+    on_before_init = leaks
+
+
+class Slotted:
+    __slots__ = ("hf_token",)
+
+    def __init__(self) -> None:
+        self.hf_token = SECRET
+
+    on_before_init = leaks
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.hf_token = SECRET
+
+
+class Nested:
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+
+    on_before_init = leaks
+
+
+class Answers(Exception):  # noqa: N818 - as a library's may be
+    def __init__(self) -> None:
+        self.request = {"headers": {"Authorization": SECRET}}
+        super().__init__(f"401 for {SECRET}")
+
+
+class Raises:
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        raise Answers
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [OnClass, Slotted, Nested, {"callback": Nested, "kwargs": {"settings": Settings()}}, Raises],
+    ids=["class attribute", "slot", "attribute", "argument", "attribute of the error"],
+)
+def test_a_secret_is_known_whatever_holds_it(callback: object) -> None:
+    with pytest.raises(HookError) as caught:
+        call(callback)
+    assert "401 for ***" in str(caught.value)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize(
