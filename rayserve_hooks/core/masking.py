@@ -5,13 +5,15 @@ from __future__ import annotations
 import enum
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
 from typing import TypeVar
 
 from rayserve_hooks.core.known_secrets import is_pydantic_secret, secrets_among
 from rayserve_hooks.core.secret_texts import (
     MASK,
+    Span,
     given_away,
     masked_at,
     names_secret,
@@ -74,6 +76,17 @@ def _first(items: Iterable[T]) -> Iterable[T]:
     return itertools.islice(items, _LONGEST)
 
 
+_public: set[str] = set()
+
+
+def publish(*names: str) -> None:
+    """Keep names in texts that we ourselves write in the clear, such as those of callbacks.
+
+    A variable like ``AUTH_MODULE`` may have a word for its value that is one, or a part of one.
+    """
+    _public.update(filter(None, names))
+
+
 def redact(text: str, *values: object) -> str:
     """Mask the secrets in a text made by others: what it names as one, and those that are known.
 
@@ -94,15 +107,24 @@ class Masker:
     def __init__(self, *values: object) -> None:
         found = {*secrets_among(values), *secrets_among([dict(os.environ)])}
         self._known = sorted(found, key=len, reverse=True)
+        names = "|".join(map(re.escape, sorted(_public, key=len, reverse=True)))
+        self._names = re.compile(rf"(?<!\w)(?:{names})(?!\w)" if names else r"(?!)")
 
     def text(self, text: str) -> str:
         """Return a text without secrets."""
         if not text:
             return text
-        spans = [*given_away(text), *queries(text), *occurrences(text, self._known)]
-        return masked_at(text, spans)
+        return masked_at(text, [*given_away(text), *queries(text), *self._found(text)])
 
     def source(self, text: str) -> str:
         """Return source code without secrets; in it ``token=token`` shows none."""
-        spans = [*given_away(text, quoted=True), *occurrences(text, self._known)]
-        return masked_at(text, spans)
+        return masked_at(text, [*given_away(text, quoted=True), *self._found(text)])
+
+    def _found(self, text: str) -> Iterator[Span]:
+        """Yield where a known secret is, unless that is a part of a name that is public."""
+        names: list[Span] | None = None
+        for start, end in occurrences(text, self._known):
+            if names is None:
+                names = [match.span() for match in self._names.finditer(text)]
+            if not any(first <= start and end <= last for first, last in names):
+                yield start, end

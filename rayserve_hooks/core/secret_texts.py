@@ -50,6 +50,7 @@ def names_place(key: Any, value: Any) -> bool:
 
 _KEY = re.compile(
     r"""
+    (?<!callback\ ['"])  # which names one in our own texts
     (?:(?P<option>(?<![\w-])--)|(?<![\w-]))(?P<name>[A-Za-z_][\w-]{0,99})
     (?:(?:\\*["'])?\]?\s{0,3}(?P<separator>=>|:=|==?|:(?!//)|%3D|\\u003d)\s{0,3}|(?P<blank>[ ]))
     """,

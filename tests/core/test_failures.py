@@ -11,7 +11,7 @@ from steps import call, outcomes, step
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core.hooks import CLEAN_UP
-from rayserve_hooks.errors import CallbackConfigError, DownloadError, HookError
+from rayserve_hooks.errors import CallbackConfigError, DownloadError, HookError, Phase
 
 
 @pytest.mark.parametrize(
@@ -275,6 +275,29 @@ def test_on_error_is_not_advised_for_what_says_itself_what_to_do() -> None:
 
     with pytest.raises(HookError, match=r"no such callback; name another$"):
         call(Asks)
+
+
+def test_a_name_is_no_secret_whatever_the_environment_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stores:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            raise RuntimeError("no Stores, no on_before_init") from inner
+
+    inner = hook_error_of("Stores")
+    monkeypatch.setenv("AUTH_BACKEND", "Stores")
+    monkeypatch.setenv("A_PASSWORD", "before_init")
+    with pytest.raises(HookError) as caught:
+        call(Stores)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("callback 'Stores' failed in hook on_before_init") == 2
+    assert "***" not in shown.replace("AUTH_BACKEND", "")
+
+
+def hook_error_of(name: str) -> HookError:
+    return HookError(
+        callback=name, hook="on_before_init", node="n", phase=Phase.PLACEMENT, detail=""
+    )
 
 
 def test_a_secret_reaches_neither_the_context_nor_the_trace() -> None:
