@@ -130,7 +130,7 @@ def test_a_take_over_on_another_node_is_told_and_traced(
     ]
     assert download[-2].reason == "it is there already"
     assert download[-1].reason == "'TakeOverElsewhere' took over"
-    (line,) = {r.getMessage() for r in caplog.records if "took over" in r.getMessage()}
+    (line,) = {r.getMessage() for r in caplog.records if " took over in " in r.getMessage()}
     assert line.startswith(
         f"callback 'TakeOverElsewhere' took over in on_before_download on node "
         f"{ray_cluster.other_id} ("
