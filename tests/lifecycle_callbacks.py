@@ -181,6 +181,13 @@ class TakeOver:
         return Handled(model_path=self.path, reason="it is baked into the image")
 
 
+class TakeOverElsewhere:
+    """Take over on every node but the replica's own."""
+
+    def on_before_download(self, ctx: CallbackCtx) -> Handled | None:
+        return None if ctx.node.is_local else Handled(reason="it is there already")
+
+
 class BlockFor:
     """Block the thread of a synchronous hook."""
 

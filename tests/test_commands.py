@@ -15,7 +15,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import processes
 import psutil
 import pytest
 import requests
+from waiting import until
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
@@ -185,14 +185,17 @@ def shell_in_a_clone(folder: Path) -> Iterator[Shell]:
 
 def wait_for_an_answer(shell: Shell) -> None:
     question = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
+    url = "http://127.0.0.1:8000/v1/chat/completions"
+
+    def answered() -> bool:
         with contextlib.suppress(requests.RequestException):
-            url = "http://127.0.0.1:8000/v1/chat/completions"
-            if requests.post(url, json=question, timeout=60).status_code == 200:
-                return
-        time.sleep(0.5)  # what listens there does not exist yet
-    raise AssertionError(shell.output.read_text())
+            return requests.post(url, json=question, timeout=60).status_code == 200
+        return False
+
+    try:
+        until(answered, 240, every_s=0.5)  # what listens there does not exist yet
+    except AssertionError as error:
+        raise AssertionError(shell.output.read_text()) from error
 
 
 @pytest.mark.engine

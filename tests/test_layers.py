@@ -61,9 +61,15 @@ ROOMS = {
         others=("pluggy", "pydantic", "pydantic_core"),
     ),
     "download": Room(
-        "download imports itself, errors, core.masking and NodeModelDownloadable; no Ray, vLLM or "
-        "pluggy",
-        ("download", "errors", "core.masking", "context.NodeModelDownloadable"),
+        "download imports itself, errors, core.masking, core.masked_errors and "
+        "NodeModelDownloadable; no Ray, vLLM or pluggy",
+        (
+            "download",
+            "errors",
+            "core.masking",
+            "core.masked_errors",
+            "context.NodeModelDownloadable",
+        ),
         no_others=(*RAY, "pluggy"),
     ),
     "impls": Room(

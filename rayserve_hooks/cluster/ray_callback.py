@@ -223,7 +223,7 @@ def packed_instances(manager: PluginManager, ctx: CallbackCtx) -> dict[str, byte
 
 
 def unpack_instances(manager: PluginManager, ctx: CallbackCtx, packed: Mapping[str, bytes]) -> None:
-    """Give Ray's callbacks of another node's process their instances."""
+    """Hand Ray's callbacks of another node's process their instances."""
     for name, plugin in _adapted(manager):
         if name in packed:
             plugin.unpack(packed[name], ctx)

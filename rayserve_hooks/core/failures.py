@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,8 +50,6 @@ class Blame:
     @property
     def secrets_among(self) -> tuple[object, ...]:
         """Where a callback's secrets are."""
-        with contextlib.suppress(AttributeError):  # of one with slots
-            return self.kwargs, self.plugin, object.__getattribute__(self.plugin, "__dict__")
         return self.kwargs, self.plugin
 
     def goes_on_after(self, error: BaseException) -> bool:
@@ -93,7 +90,7 @@ def settle(
 
 def hook_error(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookError:
     """Return the `HookError` of what a callback raised, which is its cause."""
-    values = blame.secrets_among, recorder_of(ctx).secrets_among
+    values = *blame.secrets_among, *recorder_of(ctx).secrets_among, error
     failure = HookError(
         callback=blame.callback,
         hook=blame.hook,
@@ -145,8 +142,8 @@ def entry_error(
     Secrets, among them those in ``known``, stay out of its detail and its ``cause``.
     """
     callback, hook = (entry.callback, entry.hook) if entry else (None, None)
-    detail = redact(detail, known)
+    detail = redact(detail, known, cause)
     failure = HookError(callback=callback, hook=hook, node=str(node), phase=phase, detail=detail)
     if cause is not None:
-        failure.__cause__ = masked(cause, known)
+        failure.__cause__ = masked(cause, known, cause)
     return failure

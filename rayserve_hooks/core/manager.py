@@ -19,7 +19,7 @@ from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import _pluggy
 from rayserve_hooks.core.calls import plain_call, wrapper_call
 from rayserve_hooks.core.failures import Blame, OwnFailures
-from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS
+from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS, PHASES
 from rayserve_hooks.core.inspection import (
     HookFunction,
     hook_functions,
@@ -27,9 +27,12 @@ from rayserve_hooks.core.inspection import (
     is_a,
     signature_problems,
 )
+from rayserve_hooks.core.masking import publish
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, HookError
 from rayserve_hooks.hookspecs import PROJECT, RayServeLLMCallback
+
+publish(*HOOKS, *PHASES.values())
 
 
 class RegisteredCallback:
@@ -131,6 +134,7 @@ class PluginManager(pluggy.PluginManager):
         if plugin is None:  # ignored, as in pluggy
             return None
         name = name or self.get_canonical_name(plugin)
+        publish(name)
         already = self.get_name(plugin)
         if already is not None:
             raise CallbackConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 Span = tuple[int, int]
 
@@ -32,23 +33,24 @@ _PLACE = re.compile(r"(?:/[\w.@+-]+){2,}/?")
 _CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
-def names_secret(key: object) -> bool:
+def names_secret(key: Any) -> bool:
     """Return whether a key looks like that of a secret, such as ``hf_token`` or ``apiKey``."""
-    if not isinstance(key, str):  # whose text may be anybody's code
+    if not issubclass(type(key), str):  # whose text may be anybody's code
         return False
-    name = _CAMEL_CASE.sub("_", key).lower()
+    name = _CAMEL_CASE.sub("_", str.__str__(key)).lower()
     return bool(_SECRET_NAME.search(name)) and not _NO_SECRET_NAME.search(name)
 
 
-def names_place(key: object, value: object) -> bool:
+def names_place(key: Any, value: Any) -> bool:
     """Return whether a value is where a secret is kept, which the text of an error needs."""
-    if not isinstance(key, str) or not isinstance(value, str):
+    if not issubclass(type(key), str) or not issubclass(type(value), str):
         return False
-    return bool(_PLACE_NAME.search(key.lower()) and _PLACE.fullmatch(value))
+    return bool(_PLACE_NAME.search(str.lower(key)) and _PLACE.fullmatch(value))
 
 
 _KEY = re.compile(
     r"""
+    (?<!callback\ ['"])  # which names one in our own texts
     (?:(?P<option>(?<![\w-])--)|(?<![\w-]))(?P<name>[A-Za-z_][\w-]{0,99})
     (?:(?:\\*["'])?\]?\s{0,3}(?P<separator>=>|:=|==?|:(?!//)|%3D|\\u003d)\s{0,3}|(?P<blank>[ ]))
     """,

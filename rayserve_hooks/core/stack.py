@@ -24,7 +24,7 @@ from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, explained, no_adapter
 from rayserve_hooks.core.log import fields, logger
 from rayserve_hooks.core.masked_errors import masked
-from rayserve_hooks.core.masking import redact, shown
+from rayserve_hooks.core.masking import publish, redact, shown
 from rayserve_hooks.core.recorder import snapshot
 from rayserve_hooks.core.validation import Problem, adapter, described, problems_of
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe, raise_from
@@ -334,6 +334,7 @@ def _parse_entries(value: object, problems: Problems) -> tuple[CallbackEntry, ..
         with problems.collected(), explained(f"{where} cannot be read"):
             entries.append(_parse(item, where))
     names = [entry.name for entry in entries]
+    publish(*names)
     for name in sorted({name for name in names if names.count(name) > 1}):
         with problems.collected():
             raise CallbackConfigError(

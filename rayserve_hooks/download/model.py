@@ -19,7 +19,7 @@ from rayserve_hooks.download.cache import ModelCache
 from rayserve_hooks.download.caller import STANDALONE, Caller
 from rayserve_hooks.download.extra_files import download_extra
 from rayserve_hooks.download.node_lock import node_lock
-from rayserve_hooks.download.store_errors import no_panics, shown
+from rayserve_hooks.download.store_errors import border, shown
 from rayserve_hooks.download.stores import open_source
 from rayserve_hooks.errors import DownloadError, describe, missing_download_extra
 
@@ -71,7 +71,7 @@ def download_node(
         DownloadError: The store refused, has no such files or sent damaged ones, or the files
             cannot be written.
     """
-    with no_panics():
+    with border(mirror):
         for uri, destination in mirror.extra_files if mirror else ():
             download_extra(uri, Path(os.path.expandvars(destination)).expanduser(), caller)
         if mode is NodeModelDownloadable.NONE:

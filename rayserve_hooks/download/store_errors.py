@@ -6,8 +6,9 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+from rayserve_hooks.core.masked_errors import masked
 from rayserve_hooks.core.masking import redact
-from rayserve_hooks.errors import DownloadError, describe
+from rayserve_hooks.errors import DownloadError, HooksError, describe, raise_from
 
 _CREDENTIALS = "check the credentials and whether they may list and read there"
 _CLOCK = "set the clock of this node, or of the store"
@@ -108,13 +109,24 @@ def native() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_panics() -> Iterator[None]:
-    """Raise a panic of the block as the download's failure: the last resort, at its border."""
+def border(*values: object) -> Iterator[None]:
+    """Raise what ends a download as its caller may show it: the last resort, at its border.
+
+    A panic is the download's failure, and neither an error nor what it came from shows a secret;
+    known ones are among ``values``, too.
+    """
     try:
         with native():
             yield
     except NativeError as error:
-        raise failure("the download ended", error) from error
+        raise_from(failure("the download ended", error), masked(error, *values))
+    except HooksError as error:  # whose own text is without
+        raise_from(error, error.__cause__ and masked(error.__cause__, *values))
+    except Exception as error:
+        clean = masked(error, *values)
+        if clean is error:
+            raise
+        raise_from(clean, clean.__cause__)
 
 
 def failure(what: str, error: Exception, check: str | None = None) -> DownloadError:

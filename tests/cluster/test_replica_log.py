@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plugins_for_tests import hook_log
 
 import rayserve_hooks
 
@@ -47,7 +48,11 @@ def records(folder: Path, *callbacks: Any, level: str, **variables: str) -> list
     deployment: Any = serve.deployment(
         Initializes,
         logging_config=settings.model_dump(),
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": variables}},
+        ray_actor_options={
+            "num_cpus": 0,
+            "resources": {"node:__internal_head__": 0.001},
+            "runtime_env": {"env_vars": variables},
+        },
     )
     serve.run(deployment.bind(), name="logs", route_prefix="/logs").remote().result()
     (file,) = folder.rglob("*.log")
@@ -109,3 +114,31 @@ def test_on_another_node_it_is_in_the_log_of_the_worker_process(
     folder = Path(ray_cluster.cluster.head_node.get_logs_dir_path())
     (log,) = folder.glob(f"worker-*-{pid}.err")
     assert "in a coroutine" in log.read_text()
+
+
+def test_a_take_over_on_another_node_is_told_and_traced(
+    ray_cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    taking = "lifecycle_callbacks:TakeOverElsewhere"
+    config = rayserve_hooks.LLMConfig(
+        model_id="logs", callbacks=["lifecycle_callbacks:SpreadOverNodes", taking, LOGS]
+    )
+    with hook_log(caplog):
+        ctx = asyncio.run(rayserve_hooks.initialize_node(config))
+    download = [call for call in ctx.trace if call.hook == "on_before_download"]
+    assert [(call.node_id, call.callback, call.outcome) for call in download] == [
+        (ray_cluster.head_id, "TakeOverElsewhere", "returned"),
+        (ray_cluster.head_id, "Logs", "returned"),
+        (ray_cluster.other_id, "TakeOverElsewhere", "handled"),
+        (ray_cluster.other_id, "Logs", "skipped"),
+    ]
+    assert download[-2].reason == "it is there already"
+    assert download[-1].reason == "'TakeOverElsewhere' took over"
+    (line,) = {r.getMessage() for r in caplog.records if " took over in " in r.getMessage()}
+    assert line.startswith(
+        f"callback 'TakeOverElsewhere' took over in on_before_download on node "
+        f"{ray_cluster.other_id} ("
+    )
+    assert line.endswith(
+        ": it is there already; skipped: the default download; on_before_download of 'Logs'"
+    )

@@ -154,6 +154,34 @@ REFUSED = [  # by Ray, too
     (with_app(args={"llm_configs": [llm(), llm()]}), "model_id 'm' is there more than once; give"),
     ({**with_app(), "proxy_location": "everynode"}, "proxy_location is 'everynode'; use one of"),
 ]
+LORA = {"dynamic_lora_loading_path": "s3://b/l"}
+
+
+def pair(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
+    return {"applications": [app("pd_", prefill_config=prefill, decode_config=decode)]}
+
+
+PAIRS_REFUSED = [
+    (pair(llm("a", **KV), llm("b", **KV)), "app: model_id of prefill_config and decode_config dif"),
+    (pair(llm(**KV, lora_config=LORA), llm(**KV)), "app: lora_config of prefill_config and decode"),
+    (
+        pair(
+            llm(**KV, lora_config=LORA), llm(**KV, lora_config={"dynamic_lora_loading_path": None})
+        ),
+        "app: lora_config of prefill_config and decode_config differ",
+    ),
+    (pair(llm(), llm(**KV)), "app: prefill_config: engine_kwargs has no key 'kv_transfer_config'"),
+    (pair(llm(**KV), llm(engine_kwargs={})), "app: decode_config: engine_kwargs has no key 'kv_t"),
+    (
+        pair(llm(**KV), llm(engine_kwargs={"kv_transfer_config": None})),
+        "app: decode_config: engine_kwargs has no key 'kv_transfer_config'",
+    ),
+]
+PAIRS_ACCEPTED = [
+    pair(llm(**KV), llm(**KV)),
+    pair(llm(**KV, lora_config=LORA), llm(**KV, lora_config={**LORA, "max_download_tries": 2})),
+    pair(llm(**KV, lora_config={}), llm(**KV, lora_config={"max_download_tries": 2})),
+]
 RUNS_NOTHING = [  # Ray accepts it
     (without_class(callback_kwargs=FIRST["callback_kwargs"]), "no key 'callback_class', and Ray's"),
     (
@@ -178,7 +206,7 @@ ACCEPTED = [
 ]
 
 
-@pytest.mark.parametrize(("loaded", "text"), [*REFUSED, *RUNS_NOTHING])
+@pytest.mark.parametrize(("loaded", "text"), [*REFUSED, *PAIRS_REFUSED, *RUNS_NOTHING])
 def test_what_ray_refuses_or_runs_nothing_of_is_an_error(
     loaded: dict[str, Any], text: str, tmp_path: Path
 ) -> None:
@@ -187,7 +215,7 @@ def test_what_ray_refuses_or_runs_nothing_of_is_an_error(
     assert text in str(caught.value)
 
 
-@pytest.mark.parametrize("loaded", ACCEPTED)
+@pytest.mark.parametrize("loaded", [*ACCEPTED, *PAIRS_ACCEPTED])
 def test_what_ray_accepts_is_read(loaded: dict[str, Any], tmp_path: Path) -> None:
     assert read(tmp_path, loaded).stacks
 
@@ -198,6 +226,22 @@ def test_ray_comes_to_the_same_verdicts() -> None:
     assert [accepted_by_ray(loaded) for loaded, _ in REFUSED] == [False] * len(REFUSED)
     for loaded in [*ACCEPTED, *(loaded for loaded, _ in RUNS_NOTHING)]:
         assert accepted_by_ray(loaded), loaded
+
+
+@pytest.mark.slow  # it imports Ray's own classes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_ray_comes_to_the_same_verdicts_on_pairs() -> None:
+    from ray.llm._internal.serve.serving_patterns.prefill_decode.builder import PDServingArgs
+
+    def accepted(loaded: dict[str, Any]) -> bool:
+        try:
+            PDServingArgs.model_validate(loaded["applications"][0]["args"])
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    assert [accepted(loaded) for loaded, _ in PAIRS_REFUSED] == [False] * len(PAIRS_REFUSED)
+    assert [accepted(loaded) for loaded in PAIRS_ACCEPTED] == [True] * len(PAIRS_ACCEPTED)
 
 
 def accepted_by_ray(loaded: dict[str, Any]) -> bool:

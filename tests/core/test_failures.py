@@ -11,7 +11,7 @@ from steps import call, outcomes, step
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core.hooks import CLEAN_UP
-from rayserve_hooks.errors import CallbackConfigError, DownloadError, HookError
+from rayserve_hooks.errors import CallbackConfigError, DownloadError, HookError, Phase
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_an_entry_overrules_the_stack() -> None:
         make_manager(failing, on_error="warn").hook.on_before_init(ctx=make_ctx())
 
 
-SECRET = "hf_abcdefgh"
+SECRET = "abcd-efgh-1"
 
 
 def leaks(self: object, ctx: CallbackCtx) -> None:
@@ -187,6 +187,55 @@ def test_a_secret_reaches_no_log_of_a_failed_clean_up(caplog: pytest.LogCaptureF
     assert SECRET not in caplog.text
 
 
+class OnClass:
+    hf_token = SECRET
+    on_before_init = leaks
+
+
+class Slotted:
+    __slots__ = ("hf_token",)
+
+    def __init__(self) -> None:
+        self.hf_token = SECRET
+
+    on_before_init = leaks
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.hf_token = SECRET
+
+
+class Nested:
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+
+    on_before_init = leaks
+
+
+class Answers(Exception):  # noqa: N818 - as a library's may be
+    def __init__(self) -> None:
+        self.request = {"headers": {"Authorization": SECRET}}
+        super().__init__(f"401 for {SECRET}")
+
+
+class Raises:
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        raise Answers
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [OnClass, Slotted, Nested, {"callback": Nested, "kwargs": {"settings": Settings()}}, Raises],
+    ids=["class attribute", "slot", "attribute", "argument", "attribute of the error"],
+)
+def test_a_secret_is_known_whatever_holds_it(callback: object) -> None:
+    with pytest.raises(HookError) as caught:
+        call(callback)
+    assert "401 for ***" in str(caught.value)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
 @pytest.mark.parametrize(
     ("made", "advice"),
     [
@@ -226,6 +275,29 @@ def test_on_error_is_not_advised_for_what_says_itself_what_to_do() -> None:
 
     with pytest.raises(HookError, match=r"no such callback; name another$"):
         call(Asks)
+
+
+def test_a_name_is_no_secret_whatever_the_environment_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Stores:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            raise RuntimeError("no Stores, no on_before_init") from inner
+
+    inner = hook_error_of("Stores")
+    monkeypatch.setenv("AUTH_BACKEND", "Stores")
+    monkeypatch.setenv("A_PASSWORD", "before_init")
+    with pytest.raises(HookError) as caught:
+        call(Stores)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("callback 'Stores' failed in hook on_before_init") == 2
+    assert "***" not in shown.replace("AUTH_BACKEND", "")
+
+
+def hook_error_of(name: str) -> HookError:
+    return HookError(
+        callback=name, hook="on_before_init", node="n", phase=Phase.PLACEMENT, detail=""
+    )
 
 
 def test_a_secret_reaches_neither_the_context_nor_the_trace() -> None:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import SecretBytes, SecretStr
 
 from rayserve_hooks.context import NodeModelDownloadable
-from rayserve_hooks.core.masking import is_secret, redact, shown
+from rayserve_hooks.core.masking import is_secret, publish, redact, shown
 from rayserve_hooks.core.secret_texts import MASK
 
 
@@ -162,6 +162,21 @@ def test_user_and_password_of_an_address_are_masked_in_a_text() -> None:
 def test_secrets_that_are_no_text_leave_a_text_alone() -> None:
     values = {"password": 123456, "hf_token": None, "secret": SecretBytes(b"s3cret")}
     assert redact("123456 None", values) == "123456 None"
+
+
+def test_names_that_we_write_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish("lifecycle_callbacks", "on_before_init")
+    monkeypatch.setenv("AUTH_MODULE", "lifecycle")
+    monkeypatch.setenv("HOOK_PASSWORD", "on_before_init")
+    text = "callback 'lifecycle_callbacks' failed in hook on_before_init: no lifecycle here"
+    assert redact(text) == text.replace("no lifecycle", "no ***")
+    assert redact("lifecycle_callbacks2") == "***_callbacks2", "another name"
+
+
+@pytest.mark.parametrize("name", ["HFToken", "api_key", "Secrets"])
+def test_a_callback_named_as_a_secret_hides_nothing_of_our_text(name: str) -> None:
+    text = f"callback {name!r}: on_before_init() has no parameter 'ctx'; add it"
+    assert redact(text) == text
 
 
 def test_masking_imports_no_pydantic() -> None:

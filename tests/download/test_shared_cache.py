@@ -521,7 +521,7 @@ def test_crash_images(
         process = start(1, tmp_path, hub=str(disk / "hub"))
         state = disk / "hub" / "models--org--tiny" / ".rayserve_hooks"
         while process.is_alive():
-            time.sleep(0.3)
+            process.join(0.3)
             if harsh:
                 for log in [*state.glob("partial/*.journal"), *state.glob("stage.jsonl")]:
                     sync(log)

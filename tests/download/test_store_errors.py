@@ -6,13 +6,17 @@ import contextlib
 import re
 import socket
 import threading
+import traceback
 
 import pytest
 
-from rayserve_hooks.download import other_stores
-from rayserve_hooks.download.store_errors import NativeError, failure, native, no_panics
+from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.download import model, other_stores
+from rayserve_hooks.download.store_errors import NativeError, border, failure, native
 from rayserve_hooks.download.stores import open_source
 from rayserve_hooks.errors import DownloadError
+
+SECRET = "hunter22-very"
 
 
 def test_a_message_keeps_no_secrets() -> None:
@@ -57,13 +61,13 @@ def test_a_panic_is_an_ordinary_error() -> None:
     with pytest.raises(NativeError, match=r"^a native library panicked: request valid$"), native():
         raise PanicException("request valid")
     text = r"^the download ended: a native library panicked: x; "
-    with pytest.raises(DownloadError, match=text), no_panics():
+    with pytest.raises(DownloadError, match=text), border():
         raise PanicException("x")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_other_interruptions_stay_what_they_are(error: type[BaseException]) -> None:
-    with pytest.raises(error), no_panics():
+    with pytest.raises(error), border():
         raise error
 
 
@@ -105,3 +109,45 @@ def test_why_there_is_no_answer(
         listening.shutdown(socket.SHUT_RDWR)
         listening.close()
         thread.join()
+
+
+def fetched() -> None:
+    """Fail as a store's client does, whose error the download's own is raised from."""
+    try:
+        raise OSError(f"401 for {SECRET}")
+    except OSError as error:
+        raise DownloadError("cannot list s3://b: 401; check the credentials") from error
+
+
+def test_what_crosses_the_border_has_no_secret_in_its_causes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STORE_PASSWORD", SECRET)
+    with pytest.raises(DownloadError, match=r"^cannot list s3://b: 401") as caught, border():
+        fetched()
+    assert type(caught.value.__cause__) is OSError
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "OSError: 401 for ***" in shown
+    assert "in fetched" in shown
+    assert SECRET not in shown
+
+
+def test_what_has_no_secret_crosses_the_border_as_it_is() -> None:
+    error = DownloadError("x")
+    with pytest.raises(DownloadError) as caught, border():
+        raise error
+    assert caught.value is error
+
+
+def test_a_download_called_directly_shows_no_secret_of_a_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(*_: object) -> None:
+        fetched()
+
+    monkeypatch.setattr(model, "open_source", refuses)  # a store that echoes what it was sent
+    monkeypatch.setenv("STORE_PASSWORD", SECRET)
+    mirror = model.Mirror("s3://bucket/model")
+    with pytest.raises(DownloadError) as caught:
+        model.download_node("tiny", mirror, NodeModelDownloadable.MODEL_AND_TOKENIZER)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
