@@ -66,6 +66,10 @@ class Problems:
             raise CallbackConfigError(*texts) from self._errors[0]
 
 
+class InstallationError(HooksError, ImportError):
+    """What is installed cannot work together: Ray is missing, untested, or has another vLLM."""
+
+
 class DownloadError(HooksError, RuntimeError):
     """The default download of a node failed, or what it left is not a model."""
 

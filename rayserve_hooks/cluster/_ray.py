@@ -1,7 +1,8 @@
 """The one place that touches Ray's internal parts; `tests/cluster/test__ray.py` watches them.
 
 Importing this module does not import Ray: node processes and the driver must stay light, and each
-function imports what it needs. Everything here was read in Ray 2.60.
+function imports what it needs. Everything here was read in Ray 2.60; where another minor differs,
+the feature is probed for, and a comment says in which minor it came.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from rayserve_hooks.cluster.versions import check_ray, imports_explained
 from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
 
 if TYPE_CHECKING:
     from ray.llm._internal.common.callbacks.base import CallbackBase as CallbackBase  # noqa: PLC0414 - for mypy it is exported so
     from ray.llm._internal.common.callbacks.base import CallbackConfig
     from ray.serve.llm import LLMConfig
+    from ray.serve.llm import LLMConfig as RayLLMConfig
     from ray.util.placement_group import PlacementGroup
 
     from rayserve_hooks.core.stack import CallbackStack
@@ -30,12 +33,18 @@ _CALLBACK_BASE = ("ray.llm._internal.common.callbacks.base", "CallbackBase")
 
 
 def __getattr__(name: str) -> Any:
-    # The class that the adapter subclasses; Ray exports it nowhere.
-    if name != "CallbackBase":
+    # The classes that are subclassed here, where Ray and vLLM are needed first.
+    if name not in ("CallbackBase", "RayLLMConfig"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ray.llm._internal.common.callbacks.base import CallbackBase
+    check_ray()
+    with imports_explained():
+        if name == "RayLLMConfig":
+            from ray.serve.llm import LLMConfig
 
-    return CallbackBase
+            return LLMConfig
+        from ray.llm._internal.common.callbacks.base import CallbackBase  # exported nowhere
+
+        return CallbackBase
 
 
 def runs_hooks(named: str | type) -> bool:
@@ -91,7 +100,8 @@ def _replica_context() -> Any:
 
 def _engine(config: LLMConfig) -> Any:
     """Return the engine's part of a config. Ray annotates it as optional, but it never is."""
-    return config.get_engine_config()
+    with imports_explained():
+        return config.get_engine_config()
 
 
 def default_download_mode(config: LLMConfig) -> NodeModelDownloadable:
@@ -129,13 +139,40 @@ def create_default_placement_group(config: LLMConfig) -> PlacementGroup:
 def model_source(config: LLMConfig) -> tuple[str, Mirror | None]:
     """Return the engine's model id or path, and the bucket it is mirrored in, if any."""
     engine = _engine(config)
-    mirror = engine.mirror_config
+    model_id, mirror = engine.actual_hf_model_id, engine.mirror_config
     if mirror is None:
-        return engine.actual_hf_model_id, None
+        return _mirror_of_uri(config, model_id)
     from rayserve_hooks.download.model import Mirror
 
     extra = tuple((file.bucket_uri, file.destination_path) for file in mirror.extra_files)
-    return engine.actual_hf_model_id, Mirror(mirror.bucket_uri, extra)
+    return model_id, Mirror(mirror.bucket_uri, extra)
+
+
+def _mirror_of_uri(config: LLMConfig, model_id: str) -> tuple[str, Mirror | None]:
+    """Make a mirror of a ``model_source`` that is a URI, as Ray's engine config does since 2.57.
+
+    Before, the URI is the engine's model id, and only Ray's own download knows it for a mirror.
+    """
+    from ray.llm._internal.common.utils.cloud_utils import is_remote_path
+
+    if model_id != config.model_loading_config.model_source or not is_remote_path(model_id):
+        return model_id, None
+    from rayserve_hooks.download.model import Mirror
+
+    return config.model_id, Mirror(model_id)
+
+
+def stream_from_mirror(config: LLMConfig) -> None:
+    """Make an engine that streams the weights, and has no path of its own, read the mirror.
+
+    Ray itself does since 2.59 (``_resolve_hf_model_id_from_mirror``). Before, the engine gets the
+    model's id, which names nothing in a store; a URI as ``model_source`` before 2.57 excepted.
+    """
+    engine = _engine(config)
+    mirror = engine.mirror_config
+    streams = default_download_mode(config) is NodeModelDownloadable.NONE
+    if streams and mirror and mirror.bucket_uri and engine.actual_hf_model_id == config.model_id:
+        set_model_path(config, mirror.bucket_uri)
 
 
 def set_model_path(config: LLMConfig, path: str) -> None:

@@ -13,10 +13,9 @@ from pydantic import (
     field_serializer,
     model_validator,
 )
-from ray import cloudpickle
-from ray.serve.llm import LLMConfig as RayLLMConfig
 
 from rayserve_hooks.cluster import _ray
+from rayserve_hooks.cluster._ray import RayLLMConfig
 from rayserve_hooks.cluster.stacks import parse
 from rayserve_hooks.core.inspection import is_a
 from rayserve_hooks.core.manager import manager_of
@@ -113,6 +112,8 @@ class LLMConfig(RayLLMConfig):
             )
         on_error = "raise" if settings.raise_error_on_callback else "warn"
         stack = parse(self.callbacks, self.time_limits, on_error)
+        from ray import cloudpickle
+
         problems = Problems()
         with problems.collected():
             manager_of(stack.for_deployment(_ray.deployment_name(self.model_id)).here())
