@@ -24,10 +24,10 @@ none) extra=download need_gb=2 ;;
 esac
 [ -z "$shares" ] || need_gb=2
 
-rays=$(find constraints -name 'ray-*.txt' | sed 's/.*ray-\(.*\)\.txt/\1/' | sort -V | tr '\n' ' ')
-ray=${RAY:-$(echo "$rays" | awk '{ print $NF }')}
+rays=$(find constraints -name 'ray-*.txt' | sed 's/.*ray-\(.*\)\.txt/\1/' | sort -V)
+ray=${RAY:-${rays##*$'\n'}}
 constraints=constraints/ray-$ray.txt
-[ -f "$constraints" ] || fail "Ray '$ray' is not supported; choose a minor: RAY= one of $rays"
+[ -f "$constraints" ] || fail "Ray '$ray' is not supported; choose one of the minors ${rays//$'\n'/, }"
 
 command -v "$python" >/dev/null || python=python3
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null ||

@@ -164,7 +164,7 @@ class Ray:
         likely = [path for path in sorted(self._names) if path.startswith(rooms) and path != own]
         places = [path for path in likely if pattern.search(self._files.text(path))]
         if own is not None and pattern.search(self._files.text(own)):
-            places.insert(0, f"elsewhere in {own}")
+            places.insert(0, f"{own} itself, elsewhere")
         if not places:
             return "; found nowhere"
         more = f" and {len(places) - 3} more" if len(places) > 3 else ""
@@ -269,8 +269,9 @@ def fetch(version: str) -> tuple[str, Ray]:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"probe: pip cannot download Ray {version}: {done.stderr.strip()}")
-    wheel = max(WHEELS.glob(pattern), key=lambda path: path.name)
-    return wheel.name.split("-")[1], Ray(Wheel(wheel))
+    wheels = {path.name.split("-")[1]: path for path in WHEELS.glob(pattern)}
+    newest = max(wheels, key=lambda version: [int(part) for part in version.split(".")])
+    return newest, Ray(Wheel(wheels[newest]))
 
 
 def probe(versions: Sequence[str]) -> bool:
@@ -289,7 +290,8 @@ def probe(versions: Sequence[str]) -> bool:
         if minor_of(version) > minor_of(tested[-1]):
             role = "newer than tested"
             print(f"warning: Ray {version} is newer than Ray {tested[-1]}, the newest tested one")
-        result = f"{len(problems)} problems" if problems else f"all {len(NAMES)} names"
+        many = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        result = many if problems else f"all {len(NAMES)} names"
         rows.append((version, role, result, *("yes" if ray.has(f) else "-" for f in FEATURES)))
         print(f"Ray {version} ({role}): {result}")
         for problem in problems:

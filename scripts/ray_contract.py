@@ -68,13 +68,21 @@ _GROUP = "ray.util.placement_group"
 
 NAMES = (
     # The slot: one callback class, named in the config.
-    Name(_CALLBACKS, "CallbackBase.__init__", ("llm_config", "raise_error_on_callback", "ctx_kwargs", "**kwargs")),
+    Name(
+        _CALLBACKS,
+        "CallbackBase.__init__",
+        ("llm_config", "raise_error_on_callback", "ctx_kwargs", "**kwargs"),
+    ),
     Name(_CALLBACKS, "CallbackBase.run_callback", ("method_name",), is_async=True),
     Name(_CALLBACKS, "CallbackBase.on_before_node_init", is_async=True),
     Name(_CALLBACKS, "CallbackBase.on_after_node_init", is_async=True),
     Name(_CALLBACKS, "CallbackBase.on_before_download_model_files_distributed", is_async=False),
     Name(_CALLBACKS, "CallbackBase"),
-    Name(_CALLBACKS, "CallbackConfig", ("callback_class", "callback_kwargs", "raise_error_on_callback")),
+    Name(
+        _CALLBACKS,
+        "CallbackConfig",
+        ("callback_class", "callback_kwargs", "raise_error_on_callback"),
+    ),
     Name(_CALLBACKS, "CallbackCtx.placement_group"),
     Name(_CALLBACKS, "CallbackCtx.runtime_env"),
     Name(_CALLBACKS, "CallbackCtx.custom_data"),
@@ -102,7 +110,12 @@ NAMES = (
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.frontend_kwargs"),
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.actual_hf_model_id"),
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.get_or_create_pg", ("self",), is_async=False),
-    Name(_ENGINE_CONFIG, "VLLMEngineConfig.get_runtime_env_with_local_env_vars", ("self",), is_async=False),
+    Name(
+        _ENGINE_CONFIG,
+        "VLLMEngineConfig.get_runtime_env_with_local_env_vars",
+        ("self",),
+        is_async=False,
+    ),
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.from_llm_config", ("cls", "llm_config"), is_async=False),
     # Models and where they come from.
     Name(_CLOUD, "is_remote_path", ("path",)),
@@ -157,7 +170,7 @@ NAMES = (
     # What people see.
     Name("ray.experimental", "tqdm_ray"),
     Name("ray.util.metrics", "Histogram"),
-)  # fmt: skip
+)
 
 ORDERS = (
     # The engine reads what a callback may change only after it has called it.

@@ -20,8 +20,7 @@ from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
 if TYPE_CHECKING:
     from ray.llm._internal.common.callbacks.base import CallbackBase as CallbackBase  # noqa: PLC0414 - for mypy it is exported so
     from ray.llm._internal.common.callbacks.base import CallbackConfig
-    from ray.serve.llm import LLMConfig
-    from ray.serve.llm import LLMConfig as RayLLMConfig
+    from ray.serve.llm import LLMConfig as LLMConfig  # noqa: PLC0414 - as above
     from ray.util.placement_group import PlacementGroup
 
     from rayserve_hooks.core.stack import CallbackStack
@@ -34,11 +33,11 @@ _CALLBACK_BASE = ("ray.llm._internal.common.callbacks.base", "CallbackBase")
 
 def __getattr__(name: str) -> Any:
     # The classes that are subclassed here, where Ray and vLLM are needed first.
-    if name not in ("CallbackBase", "RayLLMConfig"):
+    if name not in ("CallbackBase", "LLMConfig"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_ray()
     with imports_explained():
-        if name == "RayLLMConfig":
+        if name == "LLMConfig":
             from ray.serve.llm import LLMConfig
 
             return LLMConfig
@@ -155,7 +154,8 @@ def _mirror_of_uri(config: LLMConfig, model_id: str) -> tuple[str, Mirror | None
     """
     from ray.llm._internal.common.utils.cloud_utils import is_remote_path
 
-    if model_id != config.model_loading_config.model_source or not is_remote_path(model_id):
+    loading: Any = config.model_loading_config  # Ray annotates it as a dict, too, but reads none
+    if model_id != loading.model_source or not is_remote_path(model_id):
         return model_id, None
     from rayserve_hooks.download.model import Mirror
 

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from rayserve_hooks.cluster import _ray
-from rayserve_hooks.cluster._ray import RayLLMConfig
+from rayserve_hooks.cluster._ray import LLMConfig as RayLLMConfig
 from rayserve_hooks.cluster.stacks import parse
 from rayserve_hooks.core.inspection import is_a
 from rayserve_hooks.core.manager import manager_of

@@ -26,7 +26,9 @@ INSTALL_RAY = r"install 'ray\[serve\]>=2\.56,<2\.61'"
 def installed_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that puts a stand-in for Ray in its place: a version and a process."""
 
-    def install(version: str, *, mode: int | None = None, actor: str | None = None, task: str = "t"):
+    def install(
+        version: str, *, mode: int | None = None, actor: str | None = None, task: str = "t"
+    ) -> None:
         ray: Any = types.ModuleType("ray")
         ray.__version__, ray.WORKER_MODE = version, 1
         ray.is_initialized = lambda: mode is not None
@@ -92,8 +94,10 @@ def test_a_process_that_serves_warns_once_and_goes_on(
     check_ray()
     check_ray()
     assert caplog.messages == [
-        "Ray 2.61.0 is installed, and tested is Ray 2.56 to 2.60; going on, as this process "
-        "serves; install 'ray[serve]>=2.56,<2.61'"
+        (
+            "Ray 2.61.0 is installed, and tested is Ray 2.56 to 2.60; going on, as this process "
+            "serves; install 'ray[serve]>=2.56,<2.61'"
+        )
     ]
 
 
@@ -106,8 +110,10 @@ def test_the_variable_tries_an_untested_ray(
     monkeypatch.setenv("RAYSERVE_HOOKS_ANY_RAY", "1")
     check_ray()
     assert caplog.messages == [
-        "Ray 2.61.0 is installed, and tested is Ray 2.56 to 2.60; going on, as "
-        "RAYSERVE_HOOKS_ANY_RAY is set"
+        (
+            "Ray 2.61.0 is installed, and tested is Ray 2.56 to 2.60; going on, as "
+            "RAYSERVE_HOOKS_ANY_RAY is set"
+        )
     ]
     check_ray.cache_clear()
     monkeypatch.setenv("RAYSERVE_HOOKS_ANY_RAY", "0")
@@ -155,7 +161,9 @@ class Environment:
         script = f"import sys; sys.path[:0] = {[str(self.folder), str(ROOT)]}\ntry:\n {code}\n"
         script += "except Exception as error:\n print(type(error).__name__, error, sep=': ')"
         # No site-packages of the test's own: nothing but the stand-ins is installed.
-        blocked = "" if (self.folder / "vllm").exists() else "import sys; sys.modules['vllm'] = None"
+        blocked = (
+            "" if (self.folder / "vllm").exists() else "import sys; sys.modules['vllm'] = None"
+        )
         done = subprocess.run(
             [sys.executable, "-c", f"{blocked}\n{script}"],
             check=False,
@@ -171,7 +179,7 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-IMPORT = "from rayserve_hooks.cluster._ray import RayLLMConfig"
+IMPORT = "from rayserve_hooks.cluster._ray import LLMConfig"
 # As Ray does (ray.llm._internal.common.utils.import_utils), with nothing but its own words.
 AS_RAY_SAYS = """
 try:
@@ -320,8 +328,8 @@ def test_in_a_real_cluster_a_driver_refuses_and_what_serves_goes_on(ray_cluster:
         here = outcome()
     finally:
         ray.__version__ = real
-    task = ray.remote(num_cpus=0, max_calls=1)(outcome)
-    replica = ray.remote(num_cpus=0)(Replica).remote()
+    task: Any = ray.remote(num_cpus=0, max_calls=1)(outcome)
+    replica: Any = ray.remote(num_cpus=0)(Replica).remote()
     built, config, served = ray.get(
         [
             task.options(name="build_serve_application").remote(),
