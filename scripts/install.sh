@@ -56,11 +56,14 @@ if [ -n "$other" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; the
     "$python" -m venv --clear "$venv"
 fi
 if [ -n "$shares" ]; then
-    # Python puts what a .pth file names behind the environment's own packages, in this order.
-    folder=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    # Python puts what a .pth file names behind the environment's own packages, in this order; in
+    # those folders it reads no further .pth file, so what they share themselves is named, too.
+    where='import sysconfig; print(sysconfig.get_path("purelib"))'
     for shared in $shares; do
-        "$shared/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-    done >"$folder/shared.pth"
+        folder=$("$shared/bin/python" -c "$where")
+        echo "$folder"
+        [ ! -f "$folder/shared.pth" ] || cat "$folder/shared.pth"
+    done >"$("$venv/bin/python" -c "$where")/shared.pth"
 fi
 pip=("$venv/bin/python" -m pip install --progress-bar off --quiet)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("awk", "bash", "cut", "df", "du", "env", "find", "sed", "sort", "touch")
+TOOLS = ("awk", "bash", "cat", "cut", "df", "du", "env", "find", "sed", "sort", "touch")
 RAYS = sorted(path.stem.removeprefix("ray-") for path in (ROOT / "constraints").iterdir())
 
 

@@ -224,11 +224,14 @@ def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
 
 
 def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
-    """Return the cluster's nodes, each with all the resources it has, used or not."""
+    """Return the cluster's nodes, each with all the resources it has, used or not.
+
+    This process's own comes first; Ray has them in no order.
+    """
     import ray
 
     own = own_node()
-    return [
+    nodes = [
         (
             NodeInfo(node["NodeID"], node["NodeManagerAddress"], node["NodeID"] == own.id),
             node["Resources"],
@@ -236,6 +239,7 @@ def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+    return sorted(nodes, key=lambda node: (not node[0].is_local, node[0].id))
 
 
 def autoscaler_runs() -> bool | None:
