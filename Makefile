@@ -19,7 +19,7 @@ help:
 	@echo "make test             run all tests, on a real Ray cluster and a real engine: minutes"
 	@echo "make test-unit        run those without mark: no cluster, no engine, none that is slow"
 	@echo "make test-matrix      run the tests that matter on every Ray and Python; docs/compatibility.md"
-	@echo "                      ARGS='--part' for the oldest and the newest Ray and every Python"
+	@echo "                      ARGS='--part' for the oldest Ray and the other Pythons alone"
 	@echo "make probe RAY=2.57.1 look whether a Ray has what this package uses; without RAY, all Rays"
 	@echo "make install          create $(VENV) with the package, an engine and the test tools"
 	@echo "                      RAY=2.58 with another Ray: $(RAYS)"

@@ -3,8 +3,6 @@ tests/scripts/test_probe.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import sys
 import time
