@@ -131,7 +131,7 @@ def test_an_engine_that_streams_reads_the_mirror(
     if path:
         _ray.set_model_path(config, path)
     _ray.stream_from_mirror(config)
-    assert config.get_engine_config().actual_hf_model_id == loads
+    assert _ray.model_source(config)[0] == loads
 
 
 def test_an_engine_that_streams_from_nowhere_keeps_its_model() -> None:
@@ -142,7 +142,7 @@ def test_an_engine_that_streams_from_nowhere_keeps_its_model() -> None:
         engine_kwargs={"load_format": "runai_streamer"},
     )
     _ray.stream_from_mirror(config)
-    assert config.get_engine_config().actual_hf_model_id == "org/model"
+    assert _ray.model_source(config)[0] == "org/model"
 
 
 def test_streaming_formats_download_nothing() -> None:

@@ -185,7 +185,8 @@ def test_an_engine_that_streams_gets_the_uri_and_nothing_is_downloaded(store: s3
     )
     ctx = initialize(streaming)
     assert [result.model_path for result in ctx.nodes.values()] == [None]
-    assert streaming.get_engine_config().actual_hf_model_id == "s3://anonymous@models/tiny"
+    engine: Any = streaming.get_engine_config()
+    assert engine.actual_hf_model_id == "s3://anonymous@models/tiny"
 
 
 def test_a_failed_download_names_node_and_phase(store: s3.Server, tmp_path: Path) -> None:
