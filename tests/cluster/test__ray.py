@@ -131,7 +131,8 @@ def test_an_engine_that_streams_reads_the_mirror(
     if path:
         _ray.set_model_path(config, path)
     _ray.stream_from_mirror(config)
-    assert _ray.model_source(config)[0] == loads
+    engine: Any = config.get_engine_config()
+    assert engine.actual_hf_model_id == loads
 
 
 def test_an_engine_that_streams_from_nowhere_keeps_its_model() -> None:
