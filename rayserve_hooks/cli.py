@@ -10,25 +10,33 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rayserve_hooks import __version__
-from rayserve_hooks.cluster._ray import HOOKS_CALLBACK
+from rayserve_hooks.cluster import serve_config
 from rayserve_hooks.cluster.ray_callback import RayCallback
 from rayserve_hooks.cluster.schema import config_schema
-from rayserve_hooks.cluster.stacks import parse_settings
-from rayserve_hooks.core.hooks import HOOKS
+from rayserve_hooks.core.hooks import FIRST_RESULT, HOOKS
 from rayserve_hooks.core.inspection import hook_functions
 from rayserve_hooks.core.loading import installed
 from rayserve_hooks.core.manager import PluginManager
-from rayserve_hooks.core.masking import shown
+from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe
 from rayserve_hooks.trace import format_table
 
 Row = dict[str, Any]
-_COLUMNS = ("deployment", "hook", "position", "callback", "options", "distribution", "source")
+_COLUMNS = (
+    "deployment",
+    "hook",
+    "result",
+    "position",
+    "callback",
+    "options",
+    "distribution",
+    "source",
+)
 
 
 _TRUST = (
@@ -36,13 +44,23 @@ _TRUST = (
     "for files that you trust."
 )
 
+_CHECKED = (
+    "The file is checked by Ray's rules, without Ray: keys, kinds of values, names that must "
+    "differ. Not seen are applications made by Python code of your own, which are named on "
+    "standard error, and what only Ray, the engine or the cluster can tell, such as the values in "
+    "engine_kwargs and deployment_config. Exit code 1: something is wrong, or there is no LLM "
+    "config at all."
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0: the table, JSON or schema has been printed.
-        1: the config is wrong; every problem has been printed to standard error.
+        0: the table, JSON or schema has been printed. What ``order`` cannot see, such as an
+            application that is made by Python code, has been named on standard error.
+        1: the config is wrong, or there is no LLM config in it; every problem has been printed to
+            standard error.
         141: whoever read the output has closed it, as ``head`` does.
 
     Raises:
@@ -93,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         "order",
         parents=[common],
         help="print the callbacks of a Serve config in run order",
-        description=f"Print the callbacks of a Serve config in run order. {_TRUST}",
+        description=f"Print the callbacks of a Serve config in run order. {_TRUST} {_CHECKED}",
     )
     in_order.add_argument(
         "--import-only",
@@ -124,15 +142,18 @@ def order(path: str, construct: bool = True) -> list[Row]:
     """
     problems = Problems()
     rows: list[Row] = []
-    for deployment, llm_config in _llm_configs(path, problems):
+    config = serve_config.read(path, problems)
+    for deployment, stack in config.stacks:
         with problems.collected():
             try:
-                rows.extend(_in_order(deployment, llm_config, construct))
+                rows.extend(_in_order(deployment, stack, construct))
             except CallbackConfigError as error:
                 raise CallbackConfigError(
                     *(f"{deployment}: {_with_advice(problem)}" for problem in error.problems)
                 ) from error
     problems.raise_all()
+    for unseen in config.unseen:
+        print(f"rayserve-hooks: {unseen}", file=sys.stderr)
     return rows
 
 
@@ -176,76 +197,7 @@ def plugins() -> list[Row]:
     return rows
 
 
-def _llm_configs(path: str, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Find the LLM configs of a Serve config, each with a name of its deployment."""
-    applications = _read(path).get("applications")
-    if not isinstance(applications, list):
-        raise CallbackConfigError(f"{path!r} has no list 'applications'; name a Serve config file")
-    for application in applications:
-        with problems.collected():
-            if not isinstance(application, Mapping):
-                raise CallbackConfigError(
-                    f"{path!r}: applications holds {shown(application)}, no mapping; write one for "
-                    "each application"
-                )
-            name = _text(application.get("name", "default"))
-            arguments = _mapping(application.get("args"), f"{name}: args")
-            configs = arguments.get("llm_configs") or []
-            if not isinstance(configs, list):
-                raise CallbackConfigError(
-                    f"{name}: llm_configs is {shown(configs)}; write a list, even of one item"
-                )
-            yield from _of_application(name, configs, problems)
-
-
-def _of_application(
-    name: str, configs: Sequence[object], problems: Problems
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for index, config in enumerate(configs):
-        with problems.collected():
-            # Ray takes the path of a file that holds the config, too.
-            where = f"{name}: llm_configs[{index}]"
-            llm_config = _read(config) if isinstance(config, str) else _mapping(config, where)
-            loading = _mapping(llm_config.get("model_loading_config"), "model_loading_config")
-            yield f"{name}/{_text(loading.get('model_id', '?'))}", llm_config
-
-
-def _mapping(value: object, where: str) -> Mapping[Any, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise CallbackConfigError(f"{where} is {shown(value)}; write a mapping")
-    return value
-
-
-def _text(name: object) -> str:
-    return name if isinstance(name, str) else shown(name)
-
-
-def _read(path: str) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except Exception as error:  # of the file, its encoding, YAML, or a value that YAML makes
-        raise CallbackConfigError(
-            f"cannot read {path!r}: {str(error) or type(error).__name__}; name a Serve config file"
-        ) from error
-    if not isinstance(loaded, dict):
-        raise CallbackConfigError(f"{path!r} holds no mapping; name a Serve config file")
-    return loaded
-
-
-def _in_order(deployment: str, llm_config: Mapping[str, Any], construct: bool) -> Iterator[Row]:
-    settings = _mapping(llm_config.get("callback_config"), "callback_config")
-    named = settings.get("callback_class") or HOOKS_CALLBACK
-    if not isinstance(named, str):
-        raise CallbackConfigError(f"callback_class is {shown(named)}; write 'pkg.module:Class'")
-    stack = parse_settings(
-        named,
-        _mapping(settings.get("callback_kwargs"), "callback_kwargs"),
-        "raise" if settings.get("raise_error_on_callback", True) else "warn",
-    ).for_deployment(deployment)
+def _in_order(deployment: str, stack: CallbackStack, construct: bool) -> Iterator[Row]:
     manager = PluginManager(stack.here(), construct=construct)
     for hook in HOOKS:
         impls = reversed(getattr(manager.hook, hook).get_hookimpls())
@@ -261,11 +213,12 @@ def _in_order(deployment: str, llm_config: Mapping[str, Any], construct: bool) -
                 options.append("on_error=warn")
             distribution = _distribution_of(function.__module__)
             name, source = impl.plugin_name, _source(function)
-            yield _row(deployment, hook, position, name, options, distribution, source)
+            result = "first wins" if hook in FIRST_RESULT else "all run"
+            yield _row(deployment, hook, result, position, name, options, distribution, source)
     for position, entry in enumerate(stack.entries, start=1):
         if entry.only_on_cluster:
             options, source = ["only_on_cluster"], str(entry.callback)
-            yield _row(deployment, "?", position, entry.name, options, "", source)
+            yield _row(deployment, "?", "", position, entry.name, options, "", source)
 
 
 def _row(*values: object) -> Row:

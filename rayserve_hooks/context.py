@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import enum
+import logging
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
@@ -74,6 +76,11 @@ class Handled:
             leaves the engine's model as configured.
         reason: Why, for the log and the trace.
 
+    Attributes:
+        callback: Name of the callback that has returned it, in ``ctx.handled`` and
+            ``ctx.nodes``; empty before.
+        skipped: Names of the callbacks of which a hook did not run because of it, likewise.
+
     Raises:
         TypeError: ``model_path`` or ``reason`` has another type.
         ValueError: ``model_path`` is empty.
@@ -81,6 +88,8 @@ class Handled:
 
     model_path: str | os.PathLike[str] | None = None
     reason: str = ""
+    callback: str = field(default="", init=False, compare=False)
+    skipped: tuple[str, ...] = field(default=(), init=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.model_path, os.PathLike):
@@ -95,6 +104,13 @@ class Handled:
             raise ValueError("Handled(model_path='') names no folder; give a path or None")
         if not isinstance(self.reason, str):
             raise TypeError(f"Handled(reason=...) takes a string, got {self.reason!r}")
+
+    def returned_by(self, callback: str, skipped: Sequence[str]) -> Handled:
+        """Return a copy that says whose result it is, and whom it skips."""
+        named = copy.copy(self)
+        object.__setattr__(named, "callback", callback)
+        object.__setattr__(named, "skipped", tuple(skipped))
+        return named
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,32 @@ class DeferredConfig:
     """
 
     load: Callable[[], LLMConfig]
+
+
+LOGGER_NAME = "ray.serve.rayserve_hooks"
+"""A child of Ray Serve's logger ``ray.serve``: in a replica that one alone is set up to write INFO
+records, to the replica's own log file and to its output."""
+
+
+class ContextLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose records say, besides their text, who logs them.
+
+    Serve's JSON logs show these fields: ``callback``, ``hook``, ``phase``, ``node`` and
+    ``seconds``, as far as there is one. An ``extra`` of one's own is added to them.
+
+    Args:
+        callback: The callback's name, which is the last part of the logger's.
+        fields: Called for the fields of each record.
+    """
+
+    def __init__(self, callback: str = "", fields: Callable[[], Mapping[str, Any]] = dict) -> None:
+        super().__init__(logging.getLogger(f"{LOGGER_NAME}.{callback}".rstrip(".")), None)
+        self._fields = fields
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        return msg, {**kwargs, "extra": {**self._fields(), **(kwargs.get("extra") or {})}}
 
 
 @dataclass(slots=True)
@@ -237,11 +279,14 @@ class CallbackCtx:
         runtime_env: The runtime environment of the node processes and the engine's workers.
         extra_init_kwargs: Merged into the engine's keyword arguments before the engine starts.
         custom_data: The callbacks' own shared state.
-        handled: What a callback returned from ``on_before_init`` to take over the initialization;
-            None if none did. What ended ``on_before_download`` is in ``nodes``. Read-only.
+        handled: What a callback returned from ``on_before_init`` to take over the initialization,
+            with that callback's name and whom it skips; None if none did. What ended
+            ``on_before_download`` is in ``nodes``. Read-only.
         node: The node this call runs on. Read-only.
         nodes: By node id, what each node's initialization left; empty before the downloads.
             Read-only.
+        log: The logger of the callback that runs, named after it. In a replica its records are in
+            the replica's log, on another node in that of the worker process. Read-only.
         trace: Who ran, where, how long, and what each one changed. Read-only.
 
     Raises:
@@ -305,6 +350,11 @@ class CallbackCtx:
     @property
     def nodes(self) -> Mapping[str, NodeResult]:
         return MappingProxyType(self._state.nodes)
+
+    @property
+    def log(self) -> ContextLogger:
+        recorder = self._state.recorder
+        return ContextLogger() if recorder is None else recorder.log()
 
     @property
     def trace(self) -> Trace:

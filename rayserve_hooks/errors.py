@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import enum
+import itertools
 import pickle
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 _LONGEST_TEXT = 20_000
 _LONGEST_PICKLE = 1_000_000
@@ -67,11 +69,33 @@ class Problems:
 
 
 class InstallationError(HooksError, ImportError):
-    """What is installed cannot work together: Ray is missing, untested, or has another vLLM."""
+    """Ray, vLLM or a package that they need is missing, untested, or does not fit the others."""
 
 
 class DownloadError(HooksError, RuntimeError):
     """The default download of a node failed, or what it left is not a model."""
+
+
+def missing_extra(what: str, packages: Sequence[str], install: str) -> str:
+    """Return a text that names the packages that are missing, and the extra that brings them.
+
+    Args:
+        what: What needs the packages.
+        packages: Their names as modules.
+        install: The extra, and where to install it.
+    """
+    plural = "s" if len(packages) > 1 else ""
+    return f"{what} needs the package{plural} {', '.join(map(repr, packages))}; install {install}"
+
+
+def missing_download_extra(what: str, error: ImportError) -> str:
+    """Return the text for a download whose client cannot be imported."""
+    package = (error.name or str(error)).partition(".")[0]
+    return missing_extra(what, [package], "'rayserve_hooks[download]' on every node")
+
+
+class PlacementError(HooksError, RuntimeError):
+    """A placement group that the cluster can never hold."""
 
 
 class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a traceback
@@ -79,6 +103,23 @@ class RemoteCause(Exception):  # noqa: N818 - the name tells what it is in a tra
 
     One that does not travel, or is too long to be read, or shows a secret, is not kept itself.
     """
+
+
+class FailureReport(Exception):  # noqa: N818 - it reports an error
+    """What a person reads of a failure: the error's text, then what led to it.
+
+    It is the cause of an error on its way to Ray Serve, which prints causes first. What was the
+    cause before is its context, which is not printed once more. Frames of this package that say
+    nothing to whoever wrote a callback are left out.
+    """
+
+    @classmethod
+    def of(cls, error: BaseException) -> FailureReport:
+        """Return the report of an error whose causes may be shown."""
+        cause = error.__cause__
+        report = cls(f"{error}\n\n{formatted(cause)}".strip() if cause else str(error))
+        report.__context__, report.__suppress_context__ = cause, True
+        return report
 
 
 class Phase(enum.StrEnum):
@@ -145,20 +186,69 @@ class HookError(HooksError, RuntimeError):
         return _rebuild_hook_error, (fields, _portable(self.__cause__))
 
 
+def raise_from(error: BaseException, cause: BaseException | None) -> NoReturn:
+    """Raise an error with a cause, as ``raise ... from``, but without the handled one as context.
+
+    A context would be the exception as it was, which may show a secret.
+    """
+    try:
+        raise error from cause
+    finally:
+        error.__context__ = None
+
+
 def did_you_mean(word: object, known: Iterable[object], *, cutoff: float = 0.6) -> str:
     """Return ``"; did you mean '...'?"``, or nothing if no known name is like ``word``."""
     close = difflib.get_close_matches(str(word), map(str, known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def own_text(error: BaseException) -> str:
+    """Return an exception's type, text and notes, as the end of a traceback has them."""
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
 def describe(error: BaseException) -> str:
     """Return an exception's type and text, as the last line of a traceback has them, cut short."""
-    return shortened("".join(traceback.format_exception_only(error)).strip())
+    return shortened(own_text(error))
 
 
 def formatted(error: BaseException, limit: int | None = None) -> str:
-    """Return an exception's traceback, or ``limit`` frames of each, with its causes, cut short."""
-    return shortened("".join(traceback.format_exception(error, limit=limit)))
+    """Return an exception's traceback, or ``limit`` frames of each, with its causes, cut short.
+
+    It begins with the first frame of others: those of this package that lead to a callback, and
+    those of its own errors, say nothing to whoever wrote the callback.
+    """
+    report = traceback.TracebackException.from_exception(error, limit=limit)
+    for part in _parts(report):
+        part.stack[:] = _frames_of_others(part.stack, part.exc_type)
+    return shortened("".join(report.format()))
+
+
+def _parts(report: traceback.TracebackException | None) -> Iterator[traceback.TracebackException]:
+    waiting = [report]
+    while waiting:
+        if part := waiting.pop():
+            yield part
+            waiting += [part.__cause__, part.__context__, *(part.exceptions or ())]
+
+
+_OURS = str(Path(__file__).parent)
+_LEADING = re.compile(
+    rf"{re.escape(_OURS)}/(?!impls/)|.*/(?:concurrent/futures|importlib|pluggy)/|<frozen importlib"
+)
+
+
+def _frames_of_others(
+    stack: traceback.StackSummary, kind: type[BaseException] | None
+) -> list[traceback.FrameSummary]:
+    """Return a stack without its first frames, up to the first one of others.
+
+    Where there is none, an error of another kind than ours is a mistake of ours, and all stay.
+    """
+    rest = list(itertools.dropwhile(lambda frame: _LEADING.match(frame.filename), stack))
+    ours = kind is not None and issubclass(kind, HooksError)
+    return rest if rest or ours else list(stack)
 
 
 def shortened(text: str) -> str:

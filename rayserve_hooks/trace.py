@@ -32,7 +32,7 @@ class Change:
 
 @dataclass(slots=True)
 class TraceEntry:
-    """One call of one callback in one hook.
+    """One call of one callback in one hook, or one that was skipped.
 
     Attributes:
         callback: The callback's name.
@@ -44,10 +44,12 @@ class TraceEntry:
         start: When it started, in seconds since the epoch.
         duration_s: How long it took; None while it runs.
         outcome: ``"running"``, ``"returned"``, ``"handled"``, ``"failed"``, ``"warned"`` (failed
-            with ``on_error: warn``), ``"timed out"`` or ``"interrupted"`` (ended by a
-            cancellation, or with its process).
+            with ``on_error: warn``), ``"timed out"``, ``"interrupted"`` (ended by a
+            cancellation, or with its process) or ``"skipped"`` (not called, because another
+            callback had taken over).
         changes: What it changed, from what to what.
-        reason: What a ``Handled`` gave as its reason, secrets masked.
+        reason: What a ``Handled`` gave as its reason, secrets masked; of a skipped call, who had
+            taken over.
         background: Name of the function it had given to ``ctx.run_in_background``, if the call
             is that one; empty for the hook's own call.
         attempt: 1, or 2 where the process of another node was killed and started again.
@@ -80,7 +82,8 @@ class TraceEntry:
     def finish(self, outcome: str) -> None:
         if self.duration_s is None:  # a call that was given up on may still end
             self.duration_s = self.running_s
-            self.outcome = outcome
+            if self.outcome == "running":  # not set by the call itself
+                self.outcome = outcome
 
 
 class Trace(list[TraceEntry]):

@@ -37,12 +37,14 @@ GROUPS = {
         "tests/cluster/test__ray.py",
         "tests/cluster/test_config.py",
         "tests/cluster/test_ray_callback.py",
+        "tests/cluster/test_serve_config.py",
+        "tests/cluster/test_side_by_side.py",
         "tests/cluster/test_slot.py",
         "tests/cluster/test_versions.py",
     ),
     "initialization": ("tests/cluster/test_initialize.py",),
     "several nodes": ("tests/cluster/test_remote_node.py",),
-    "served": ("tests/cluster/test_end_to_end.py::test_the_quick_start",),
+    "served": ("tests/cluster/test_end_to_end.py::test_configured_in_python",),
 }
 
 

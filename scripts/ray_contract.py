@@ -5,7 +5,10 @@ Public names are among it: they move, too. The whole list was read in Ray 2.51 t
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Feature:
     until: str | None = None
 
 
+_ACCELERATORS = "ray.llm._internal.serve.core.configs.accelerators"
 _CALLBACKS = "ray.llm._internal.common.callbacks.base"
 _CLOUD = "ray.llm._internal.common.utils.cloud_utils"
 _CONFIG = "ray.llm._internal.serve.core.configs.llm_config"
@@ -63,10 +67,11 @@ _DOWNLOAD = "ray.llm._internal.common.utils.download_utils"
 _ENGINE = "ray.llm._internal.serve.engines.vllm.vllm_engine"
 _ENGINE_CONFIG = "ray.llm._internal.serve.engines.vllm.vllm_models"
 _NODES = "ray.llm._internal.serve.utils.node_initialization_utils"
+_PATTERNS = "ray.llm._internal.serve.serving_patterns"
 _SERVER = "ray.llm._internal.serve.core.server.llm_server"
 _GROUP = "ray.util.placement_group"
 
-NAMES = (
+_USED = (
     # The slot: one callback class, named in the config.
     Name(
         _CALLBACKS,
@@ -74,6 +79,9 @@ NAMES = (
         ("llm_config", "raise_error_on_callback", "ctx_kwargs", "**kwargs"),
     ),
     Name(_CALLBACKS, "CallbackBase.run_callback", ("method_name",), is_async=True),
+    Name(_CALLBACKS, "CallbackBase.run_callback_sync", ("method_name",), is_async=False),
+    Name(_CALLBACKS, "CallbackBase._get_method"),
+    Name(_CALLBACKS, "CallbackBase._handle_callback_error"),
     Name(_CALLBACKS, "CallbackBase.on_before_node_init", is_async=True),
     Name(_CALLBACKS, "CallbackBase.on_after_node_init", is_async=True),
     Name(_CALLBACKS, "CallbackBase.on_before_download_model_files_distributed", is_async=False),
@@ -95,11 +103,11 @@ NAMES = (
     Name(_CONFIG, "LLMConfig.model_loading_config"),
     Name(_CONFIG, "LLMConfig.engine_kwargs"),
     Name(_CONFIG, "LLMConfig.placement_group_config"),
+    Name(_CONFIG, "LLMConfig.deployment_config"),
     Name(_CONFIG, "LLMConfig.runtime_env"),
     Name(_CONFIG, "LLMConfig.callback_config"),
     Name(_CONFIG, "LLMConfig.model_id"),
     Name(_CONFIG, "LLMConfig.get_engine_config", ("self",), is_async=False),
-    Name(_CONFIG, "LLMConfig.get_or_create_callback", ("self",), is_async=False),
     Name(_CONFIG, "LLMConfig.update_engine_kwargs", ("self", "**kwargs"), is_async=False),
     Name(_CONFIG, "ModelLoadingConfig.model_source"),
     # The engine's part of it.
@@ -109,6 +117,10 @@ NAMES = (
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.engine_kwargs"),
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.frontend_kwargs"),
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.actual_hf_model_id"),
+    Name(_ENGINE_CONFIG, "VLLMEngineConfig.accelerator"),
+    Name(_ENGINE_CONFIG, "VLLMEngineConfig.placement_bundles"),
+    Name(_ENGINE_CONFIG, "VLLMEngineConfig.placement_strategy"),
+    Name(_ACCELERATORS, "AcceleratorBackend.requires_deferred_placement_group"),
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.get_or_create_pg", ("self",), is_async=False),
     Name(
         _ENGINE_CONFIG,
@@ -138,6 +150,7 @@ NAMES = (
     Name("ray", "WORKER_MODE"),
     Name("ray", "__version__"),
     Name("ray", "cloudpickle"),
+    Name("ray.cloudpickle", "CloudPickler"),
     Name("ray", "get_runtime_context"),
     Name("ray", "is_initialized"),
     Name("ray", "kill"),
@@ -148,6 +161,7 @@ NAMES = (
     Name("ray.runtime_context", "RuntimeContext.get_node_id", ("self",)),
     Name("ray.runtime_context", "RuntimeContext.get_task_name", ("self",)),
     Name("ray.util", "get_node_ip_address"),
+    Name("ray.util.client", "RayAPIStub.is_connected"),
     Name(_GROUP, "PlacementGroup.bundle_specs"),
     Name(_GROUP, "PlacementGroup.wait", ("self", "timeout_seconds")),
     Name(_GROUP, "PlacementGroup"),
@@ -169,8 +183,22 @@ NAMES = (
     Name("ray.experimental.internal_kv", "_internal_kv_get", ("key",)),
     # What people see.
     Name("ray.experimental", "tqdm_ray"),
-    Name("ray.util.metrics", "Histogram"),
+    Name("ray.util.metrics", "Counter"),
 )
+
+SCHEMA = {
+    "ServeDeploy": Name("ray.serve.schema", "ServeDeploySchema"),
+    "Application": Name("ray.serve.schema", "ServeApplicationSchema"),
+    "OpenAIArgs": Name("ray.llm._internal.serve.core.ingress.builder", "LLMServingArgs"),
+    "DataParallelArgs": Name(f"{_PATTERNS}.data_parallel.builder", "DPOpenAiServingArgs"),
+    "PrefillDecodeArgs": Name(f"{_PATTERNS}.prefill_decode.builder", "PDServingArgs"),
+    "LLMConfig": Name(_CONFIG, "LLMConfig"),
+    "ModelLoadingConfig": Name(_CONFIG, "ModelLoadingConfig"),
+    "LoraConfig": Name(_CONFIG, "LoraConfig"),
+    "PlacementGroupConfig": Name("ray.llm._internal.common.placement", "PlacementGroupConfig"),
+    "CallbackConfig": Name(_CALLBACKS, "CallbackConfig"),
+}
+"""Ray's classes for what `rayserve_hooks.cluster.ray_schema` reads, by its names."""
 
 ORDERS = (
     # The engine reads what a callback may change only after it has called it.
@@ -189,6 +217,12 @@ FEATURES = (
     Feature("`server_cls`", Name(_CONFIG, "LLMConfig.server_cls"), "", "2.54"),
     Feature("`use_cpu`", Name(_CONFIG, "LLMConfig.use_cpu"), "", "2.54", "2.56"),
     Feature("`accelerator_config`", Name(_CONFIG, "LLMConfig.accelerator_config"), "", "2.56"),
+    Feature(
+        "`tracing_config` of a Serve config",
+        Name("ray.serve.schema", "ServeDeploySchema.tracing_config"),
+        "",
+        "2.59",
+    ),
     Feature(
         "a URI as `model_source` makes a mirror",
         Name(_ENGINE_CONFIG, "VLLMEngineConfig.from_llm_config"),
@@ -214,3 +248,36 @@ FEATURES = (
         "2.55",
     ),
 )
+
+
+def _of_schema() -> Iterator[Name]:
+    """Yield the fields that the package's own schema has from Ray; it is read, not imported."""
+    path = Path(__file__).parent.parent / "rayserve_hooks" / "cluster" / "ray_schema.py"
+    classes = {
+        node.name: node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def fields(node: ast.ClassDef) -> Iterator[str]:
+        for base in node.bases:
+            yield from fields(classes[ast.unparse(base)])
+        for part in node.body:
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+                yield part.target.id
+
+    for ours, rays in SCHEMA.items():
+        for field in fields(classes[ours]):
+            yield Name(rays.module, f"{rays.name}.{field}")
+
+
+def _each_once(*names: Name) -> Iterator[Name]:
+    """Yield the names that all tested Rays have; those that some have are features."""
+    seen = {str(feature.of) for feature in FEATURES if not feature.part}
+    for name in names:
+        if str(name) not in seen:
+            seen.add(str(name))
+            yield name
+
+
+NAMES = tuple(_each_once(*_USED, *_of_schema()))

@@ -8,9 +8,10 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
+
+from waiting import until
 
 from rayserve_hooks import CallbackCtx
 
@@ -95,8 +96,7 @@ class OnNode:
 
     def fail_when_the_other_has_begun(self, ctx: CallbackCtx) -> None:
         assert self.file is not None
-        while not self.file.exists():  # of another process: there is nothing to wait on
-            time.sleep(0.05)
+        until(self.file.exists)
         raise RuntimeError("no such bucket")
 
     def kill(self, ctx: CallbackCtx) -> None:
@@ -169,8 +169,7 @@ class CrashTogether:
         if hook != self.hook or ctx.node.id not in self.nodes:
             return
         (self.folder / ctx.node.id).touch()
-        while not all((self.folder / node).exists() for node in self.nodes):
-            time.sleep(0.01)  # of other processes: there is nothing to wait on
+        until(lambda: all((self.folder / node).exists() for node in self.nodes))
         getattr(self, self.how)()
 
     def exit(self) -> None:
@@ -303,7 +302,7 @@ class BlocksItsLoop:
         if ctx.node.id == self.node:
             if self.stops:
                 asyncio.get_running_loop().stop()
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0)
             threading.Event().wait()
 
     async def on_init_failed(self, ctx: CallbackCtx) -> None:

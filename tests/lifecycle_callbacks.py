@@ -213,3 +213,18 @@ class BringModel:
     async def on_before_download(self, ctx: CallbackCtx) -> str:
         await asyncio.sleep(0)
         return self.path if ctx.node.is_local else self.other_path or self.path
+
+
+class Logs:
+    """Log from each kind of code that a callback has."""
+
+    def on_before_init(self, ctx: CallbackCtx) -> None:
+        ctx.log.info("in a %s", "hook")
+        ctx.run_in_background(lambda: ctx.log.info("in the background"))
+
+    async def on_before_download(self, ctx: CallbackCtx) -> None:
+        await asyncio.sleep(0)
+        ctx.log.info("in a coroutine")
+
+    def on_after_init(self, ctx: CallbackCtx) -> None:
+        ctx.log.info("after")

@@ -15,10 +15,9 @@ from unittest import mock
 
 import pytest
 
-from rayserve_hooks.context import CallbackCtx, NodeInfo
+from rayserve_hooks.context import LOGGER_NAME, CallbackCtx, NodeInfo
 from rayserve_hooks.core.hooks import HOOK_PARAMETERS
 from rayserve_hooks.core.limits import TimeLimits
-from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError

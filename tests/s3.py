@@ -142,16 +142,17 @@ class Server:
 
     def sent_of(self, path: str) -> int:
         """Return the body bytes of an object, once all answers have ended and been counted."""
-        self._settle()
+        self.settle()
         return self.sent[path]
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Wait until all answers have ended and been counted."""
         with self.idle:
             assert self.idle.wait_for(lambda: self.answering == 0, timeout=10)
 
     def forget(self) -> None:
         """Set the counters to zero, once the answers to clients that are gone have ended."""
-        self._settle()
+        self.settle()
         self.requests.clear()
         self.sent.clear()
 

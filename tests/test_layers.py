@@ -61,8 +61,9 @@ ROOMS = {
         others=("pluggy", "pydantic", "pydantic_core"),
     ),
     "download": Room(
-        "download imports itself, errors and NodeModelDownloadable; no Ray, vLLM or pluggy",
-        ("download", "errors", "context.NodeModelDownloadable"),
+        "download imports itself, errors, core.masking and NodeModelDownloadable; no Ray, vLLM or "
+        "pluggy",
+        ("download", "errors", "core.masking", "context.NodeModelDownloadable"),
         no_others=(*RAY, "pluggy"),
     ),
     "impls": Room(

@@ -162,6 +162,8 @@ def reads(ctx: CallbackCtx) -> None:
     nodes: Mapping[str, NodeResult] = ctx.nodes
     handled: Handled | None = ctx.handled
     trace: Trace = ctx.trace
+    ctx.log.info("on %s", node, extra={"mine": 1})
+    ctx.log.inof("on")  # error: has no attribute "inof"
     model_id: str = ctx.llm_config.model_id
     if ctx.placement_group is not None:
         print(ctx.placement_group.bundle_specs)
@@ -199,6 +201,7 @@ def writes(ctx: CallbackCtx) -> None:
     ctx.node = ctx.nodes["n1"].node  # error: Property "node" defined in "CallbackCtx" is read-only
     ctx.nodes = {}  # error: Property "nodes" defined in "CallbackCtx" is read-only
     ctx.handled = None  # error: Property "handled" defined in "CallbackCtx" is read-only
+    ctx.log = ctx.log  # error: Property "log" defined in "CallbackCtx" is read-only
     ctx.trace = Trace()  # error: Property "trace" defined in "CallbackCtx" is read-only
     del ctx.custom_data["mine"]
 

@@ -11,7 +11,8 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.cluster.versions import check_ray, imports_explained
@@ -32,18 +33,16 @@ _CALLBACK_BASE = ("ray.llm._internal.common.callbacks.base", "CallbackBase")
 
 
 def __getattr__(name: str) -> Any:
-    # The classes that are subclassed here, where Ray and vLLM are needed first.
+    # The classes that this package subclasses: where Ray and vLLM are needed first.
     if name not in ("CallbackBase", "LLMConfig"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "CallbackBase":
+        return _rays_own_class()
     check_ray()
     with imports_explained():
-        if name == "LLMConfig":
-            from ray.serve.llm import LLMConfig
+        from ray.serve.llm import LLMConfig
 
-            return LLMConfig
-        from ray.llm._internal.common.callbacks.base import CallbackBase  # exported nowhere
-
-        return CallbackBase
+        return LLMConfig
 
 
 def runs_hooks(named: str | type) -> bool:
@@ -61,6 +60,42 @@ def is_ray_callback(cls: type) -> bool:
 def is_hooks_callback(cls: type) -> bool:
     """Return whether a class is our own adapter to Ray's slot."""
     return any(base.__module__ == _SLOT for base in cls.__mro__)
+
+
+def is_run_as_usual(callback: CallbackBase | type, runner: str) -> bool:
+    """Return whether a Ray callback leaves it to Ray how its methods are run and fail.
+
+    The two private methods are those that Ray's ``run_callback`` and ``run_callback_sync`` are
+    made of.
+    """
+    rays = _rays_own_class()
+    names = (runner, "_get_method", "_handle_callback_error")
+    return not any(overrides(callback, getattr(rays, name)) for name in names)
+
+
+def overrides(callback: CallbackBase | type, method: Callable[..., Any]) -> bool:
+    """Return whether a Ray callback, an instance or its class, has not Ray's own ``method``."""
+    found = getattr(callback, method.__name__)
+    return getattr(found, "__func__", found) is not method
+
+
+def does_nothing(cls: type) -> bool:
+    """Return whether a class of Ray's kind brings nothing that Ray, or Python, would call."""
+    rays = _rays_own_class()
+    names = {name for base in cls.__mro__ for name in vars(base)}
+    of_rays = {name: getattr_static(rays, name, None) for name in names if name != "__class__"}
+    return not any(
+        found is not None and callable(found) and getattr_static(cls, name) is not found
+        for name, found in of_rays.items()
+    )
+
+
+def _rays_own_class() -> type[CallbackBase]:
+    check_ray()
+    with imports_explained():
+        from ray.llm._internal.common.callbacks.base import CallbackBase  # exported nowhere
+
+        return CallbackBase
 
 
 def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:
@@ -99,8 +134,10 @@ def _replica_context() -> Any:
 
 def _engine(config: LLMConfig) -> Any:
     """Return the engine's part of a config. Ray annotates it as optional, but it never is."""
+    # Ours checks there what Serve is about to reserve, which is not what is being done here.
+    unchecked = getattr(type(config), "unchecked_engine_config", None)
     with imports_explained():
-        return config.get_engine_config()
+        return unchecked(config) if unchecked else config.get_engine_config()
 
 
 def default_download_mode(config: LLMConfig) -> NodeModelDownloadable:
@@ -128,6 +165,47 @@ def current_placement_group() -> PlacementGroup | None:
     from ray.util.placement_group import get_current_placement_group
 
     return get_current_placement_group()
+
+
+def may_build_deployments() -> bool:
+    """Return whether Serve may build a deployment in this process: a driver, or a task of Serve's.
+
+    An actor, such as a replica or a node's process, runs where groups have been had.
+    """
+    import ray
+
+    if not ray.is_initialized() or ray.util.client.ray.is_connected():
+        return False
+    return ray.get_runtime_context().get_actor_id() is None and current_placement_group() is None
+
+
+def replica_bundles(config: LLMConfig) -> tuple[list[dict[str, float]], str]:
+    """Return what Serve reserves for a replica, and the strategy; no bundles if it does not.
+
+    As ``LLMServer.get_deployment_options``, which cannot be asked: it asks the config for its
+    engine. The replica's own actor is in the first bundle.
+    """
+    engine = _engine(config)
+    accelerator = getattr(engine, "accelerator", None)
+    if getattr(accelerator, "requires_deferred_placement_group", False):  # of a TPU's topology
+        return [], ""
+    options = config.deployment_config.get("ray_actor_options") or {}
+    actor = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
+    actor |= options.get("resources") or {}
+    if "memory" in options:
+        actor["memory"] = options["memory"]
+    first, *others = engine.placement_bundles or [{}]
+    merged = {name: first.get(name, 0) + actor.get(name, 0) for name in {**first, **actor}}
+    bundles = [merged, *others]
+    wanted = [{name: amount for name, amount in b.items() if amount} for b in bundles]
+    return wanted, engine.placement_strategy
+
+
+def strategy_of(group: PlacementGroup) -> str:
+    """Return how a group's bundles are spread over nodes, such as ``"PACK"``."""
+    from ray.util.placement_group import placement_group_table
+
+    return placement_group_table(group)["strategy"]  # type: ignore[no-any-return]
 
 
 def create_default_placement_group(config: LLMConfig) -> PlacementGroup:
@@ -224,10 +302,7 @@ def nodes_of(group: PlacementGroup) -> list[NodeInfo]:
 
 
 def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
-    """Return the cluster's nodes, each with all the resources it has, used or not.
-
-    This process's own comes first; Ray has them in no order.
-    """
+    """Return the cluster's nodes, this one first, with all resources they have, used or not."""
     import ray
 
     own = own_node()
@@ -239,6 +314,7 @@ def live_nodes() -> list[tuple[NodeInfo, dict[str, float]]]:
         for node in ray.nodes()
         if node["Alive"]
     ]
+    # Ray's order is that of random ids.
     return sorted(nodes, key=lambda node: (not node[0].is_local, node[0].id))
 
 

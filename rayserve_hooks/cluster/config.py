@@ -16,6 +16,7 @@ from pydantic import (
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster._ray import LLMConfig as RayLLMConfig
+from rayserve_hooks.cluster.placement import refuse_unplaceable
 from rayserve_hooks.cluster.stacks import parse
 from rayserve_hooks.core.inspection import is_a
 from rayserve_hooks.core.manager import manager_of
@@ -123,6 +124,20 @@ class LLMConfig(RayLLMConfig):
         # In place of the objects: what travels is the callbacks as they are configured here.
         self.callbacks = list(stack.entries)
         self.callback_config = _ray.hooks_callback_config(stack, settings.raise_error_on_callback)
+
+    def get_engine_config(self) -> Any:
+        """Return the engine's part; Ray asks for it where it builds a deployment.
+
+        Raises:
+            PlacementError: This process is connected to a cluster that can never hold a replica.
+        """
+        engine = self.unchecked_engine_config()
+        refuse_unplaceable(self)
+        return engine
+
+    def unchecked_engine_config(self) -> Any:
+        """Return the engine's part without a look at the cluster."""
+        return super().get_engine_config()
 
     def model_copy(
         self, *, update: Mapping[str, Any] | None = None, deep: bool = False

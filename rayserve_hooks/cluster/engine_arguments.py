@@ -8,9 +8,9 @@ from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.travel import NodeReply
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.failures import step_error
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, logger
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import Phase, describe
+from rayserve_hooks.errors import Phase, describe, raise_from
 
 
 class Environment:
@@ -35,7 +35,8 @@ class Environment:
                     os.environ[name] = value
                 except (TypeError, ValueError) as error:
                     path, detail = f"runtime_env.env_vars.{name}", describe(error)
-                    raise step_error(self._ctx, phase, detail, path) from error
+                    failure = step_error(self._ctx, phase, detail, path, error)
+                    raise_from(failure, failure.__cause__)
         self._known = now
 
 
@@ -54,6 +55,7 @@ def merge(ctx: CallbackCtx, reply: NodeReply) -> None:
                     path,
                     entry.hook,
                     node,
+                    extra=call_fields(entry),
                 )
             ours = field == "extra_init_kwargs" and name in theirs
             if ours and merged.setdefault(name, theirs[name]) != theirs[name]:
@@ -63,6 +65,7 @@ def merge(ctx: CallbackCtx, reply: NodeReply) -> None:
                     entry.callback,
                     path,
                     node,
+                    extra=call_fields(entry),
                 )
     recorder_of(ctx).adopt(extra_init_kwargs=merged)
 
@@ -90,4 +93,5 @@ def set_engine_kwargs(ctx: CallbackCtx) -> None:
             _ray.set_engine_kwargs(ctx.llm_config, {name: value})
         except ValueError as error:
             path, detail = f"extra_init_kwargs.{name}", describe(error)
-            raise step_error(ctx, Phase.ENGINE_ARGUMENTS, detail, path) from error
+            failure = step_error(ctx, Phase.ENGINE_ARGUMENTS, detail, path, error)
+            raise_from(failure, failure.__cause__)

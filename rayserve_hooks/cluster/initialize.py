@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from rayserve_hooks.cluster import _ray, engine_arguments
 from rayserve_hooks.cluster.node import check_brought, initialize_this_node
+from rayserve_hooks.cluster.ray_callback import packed_instances
 from rayserve_hooks.cluster.remote_node import RemoteNode
 from rayserve_hooks.cluster.stacks import stack_of
 from rayserve_hooks.cluster.supervision import Initialization
@@ -16,6 +17,8 @@ from rayserve_hooks.cluster.versions import check_ray
 from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.core.running import with_background
 from rayserve_hooks.core.stack import CallbackStack
+from rayserve_hooks.core.takeovers import log_take_over
+from rayserve_hooks.core.threads import run_in_thread
 from rayserve_hooks.errors import Phase
 
 if TYPE_CHECKING:
@@ -76,8 +79,8 @@ async def initialize(
 
 async def _make_nodes_ready(this: Initialization) -> None:
     handled = await this.call("on_before_init")
-    this.recorder.take_over(handled)
     if handled is not None:
+        this.take_over(handled)
         await check_brought(handled, "on_before_init", this.ctx)
     this.environment.export(this.phase)
     this.enter(Phase.PLACEMENT)
@@ -97,12 +100,14 @@ async def _initialize_nodes(this: Initialization, nodes: list[NodeInfo]) -> None
         from ray import cloudpickle
 
         config = cloudpickle.dumps(ctx.llm_config)
+        instances = await run_in_thread(packed_instances, this.manager, ctx)
         for node in others:
-            request = request_for(node, ctx, this.manager.stack, source, config)
+            request = request_for(node, ctx, this.manager.stack, source, config, instances)
             this.others.append(RemoteNode(request, ctx.runtime_env))
-    waits: list[Awaitable[NodeResult]] = [node.wait() for node in this.others]
+    waits = [_logged(node.wait(), node) for node in this.others]
     if len(others) < len(nodes):
-        waits.append(initialize_this_node(this.manager, ctx, source, this.enter))
+        here = initialize_this_node(this.manager, ctx, source, this.enter)
+        waits.append(_logged(here, ctx))
     results = {result.node.id: result for result in await _all(waits)}
     for other in this.others:
         assert other.reply is not None
@@ -111,7 +116,15 @@ async def _initialize_nodes(this: Initialization, nodes: list[NodeInfo]) -> None
     this.recorder.set_nodes({node.id: results[node.id] for node in nodes})
 
 
-async def _all(awaitables: list[Awaitable[T]]) -> list[T]:
+async def _logged(wait: Awaitable[NodeResult], traced: RemoteNode | CallbackCtx) -> NodeResult:
+    """Await a node's result, and log who has brought its model, if a callback has."""
+    result = await wait
+    if result.handled is not None:
+        log_take_over(traced.trace, "on_before_download", result.node)
+    return result
+
+
+async def _all(awaitables: Sequence[Awaitable[T]]) -> list[T]:
     """Await all at once; at the first failure cancel the others."""
     futures = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:

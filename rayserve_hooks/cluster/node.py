@@ -18,7 +18,8 @@ from rayserve_hooks.core.hooks import PHASES
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.core.running import call_hook, time_limit
-from rayserve_hooks.errors import Phase, describe
+from rayserve_hooks.core.takeovers import named, taken_over_by
+from rayserve_hooks.errors import Phase, describe, raise_from
 
 _ENGINES_OWN = re.compile(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?$|\w[\w+.-]+://(?<!file://)")
 
@@ -36,6 +37,7 @@ async def initialize_this_node(
     hook_s = time.perf_counter() - started
     if handled is not None:
         await check_brought(handled, "on_before_download", ctx)
+        handled = named(handled, "on_before_download", ctx)
         path = None if handled.model_path is None else str(handled.model_path)
         return NodeResult(ctx.node, path, {}, handled, hook_s, 0.0)
     on_phase(Phase.DOWNLOAD)
@@ -54,8 +56,7 @@ async def check_brought(handled: Handled, hook: str, ctx: CallbackCtx) -> None:
         return
     if await threads.run_in_thread(os.path.exists, path):
         return
-    said = (e for e in reversed(ctx.trace) if (e.hook, e.outcome) == (hook, "handled"))
-    entry = next(said, None)  # None if a wrapper has said it
+    entry = taken_over_by(ctx.trace, hook, ctx.node.id)
     if entry is not None:
         entry.outcome = "failed"
     detail = (
@@ -81,7 +82,8 @@ async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) 
                 source.mirror,
                 getattr(ctx, mode),
                 from_hub=from_hub,
-                caller=download_caller(source.model_id),
+                caller=download_caller(source.model_id, ctx.node.id),
             )
         except Exception as error:
-            raise step_error(ctx, Phase.DOWNLOAD, describe(error)) from error
+            failure = step_error(ctx, Phase.DOWNLOAD, describe(error), cause=error)
+            raise_from(failure, failure.__cause__)

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 
 from rayserve_hooks.cluster import travel
 from rayserve_hooks.cluster.node import initialize_this_node
+from rayserve_hooks.cluster.ray_callback import unpack_instances
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.running import clean_up, with_background
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import TraceEntry
 
-_RECEIPT_S = 0.5
+# Long enough for a replica on a busy machine. One that is gone takes this process along.
+_RECEIPT_S = 10.0
 _GIVE_UP_S = 2.0
 
 
@@ -44,9 +46,12 @@ class NodeActor:
             raise
         except Exception as error:
             # Ours, since Ray has its own ways with one that cannot be rebuilt in the replica.
-            ours = error if isinstance(error, HookError) else self._step_error(describe(error))
+            if isinstance(error, HookError):
+                ours = error
+            else:
+                ours = self._step_error(describe(error), error)
             self._error = self._error or ours
-            raise ours from (error.__cause__ if ours is error else error)
+            raise_from(ours, ours.__cause__)
         finally:
             self._reports.close()
 
@@ -56,6 +61,7 @@ class NodeActor:
         ctx = await threads.run_in_thread(travel.context_of, request, self._attempt, self._on_call)
         self._ctx = ctx
         manager = await threads.run_in_thread(manager_of, request.stack)
+        await threads.run_in_thread(unpack_instances, manager, ctx, request.instances)
         stage = initialize_this_node(manager, ctx, request.source, self._on_phase)
         result = await with_background(manager, ctx, stage)
         custom_data = await threads.run_in_thread(
@@ -73,6 +79,7 @@ class NodeActor:
 
         Returns soon, unless the process hangs.
         """
+        self._reports.close()  # the replica asks no more
         if self._stage is None or self._stage.done():
             return self._phase is not None
         self._stage.cancel()
@@ -89,7 +96,7 @@ class NodeActor:
         ``started`` names the callbacks that had started in another process of this node;
         ``followed`` is whether somebody asks for the status meanwhile.
         """
-        self._reports = _Reports(awaited=followed)
+        self._reports.reopen(awaited=followed)
         try:
             if self._ctx is None:
                 self._ctx = await threads.run_in_thread(
@@ -101,9 +108,10 @@ class NodeActor:
         finally:
             self._reports.close()
 
-    def _step_error(self, detail: str) -> HookError:
+    def _step_error(self, detail: str, cause: BaseException | None = None) -> HookError:
         phase = self._phase or Phase.BEFORE_DOWNLOAD
-        return entry_error(None, self._request.node, phase, detail)
+        node, known = self._request.node, self._request.fields
+        return entry_error(None, node, phase, detail, cause=cause, known=known)
 
     def _on_call(self, _: TraceEntry) -> None:
         self._reports.add()
@@ -117,11 +125,12 @@ class NodeActor:
 class _Reports:
     """Counts what there is to report, and knows what has been received.
 
-    ``awaited`` is whether somebody is going to ask.
+    One for all calls of an actor: Ray begins those of one with an event loop in any order, so the
+    question for a status may be there before what it is about.
     """
 
-    def __init__(self, *, awaited: bool = True) -> None:
-        self._awaited = awaited
+    def __init__(self) -> None:
+        self._awaited = True  # whether somebody asks
         self._changed = threading.Condition()
         self._added = self._received = 0
         self._closed = False
@@ -136,17 +145,24 @@ class _Reports:
         self._closed = True
         self.add()
 
+    def reopen(self, *, awaited: bool) -> None:
+        """Let wait again; ``awaited`` is whether somebody is going to ask."""
+        with self._changed:
+            self._awaited, self._closed = awaited, False
+
     def after(self, seen: int) -> int:
         """Note that ``seen`` have been received, wait for more, and return how many there are."""
         with self._changed:
-            self._received = seen
+            self._awaited, self._received = True, seen
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._added > seen or self._closed)
             return self._added
 
     def wait_received(self) -> None:
-        """Wait, for a while, until everything so far has been received."""
+        """Wait until everything so far has been received; in vain once, until it asks again."""
         with self._changed:
             number = self._added
             if self._awaited:
-                self._changed.wait_for(lambda: self._received >= number or self._closed, _RECEIPT_S)
+                self._awaited = self._changed.wait_for(
+                    lambda: self._received >= number or self._closed, _RECEIPT_S
+                )

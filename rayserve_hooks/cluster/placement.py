@@ -6,20 +6,43 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.context import CallbackCtx, NodeInfo
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import step_error
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, fields, logger
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import Phase, describe
+from rayserve_hooks.errors import Phase, PlacementError, describe, raise_from
 
 if TYPE_CHECKING:
+    from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
 
 _LOG_EVERY_S = 5.0
+_POLL_S = 0.5
 _AUTOSCALER_STARTS_S = 30.0  # on Kubernetes it is another container, and may come up later
+
+
+# By context, the groups that its initialization has made, to be removed when it fails.
+_made: WeakKeyDictionary[CallbackCtx, list[PlacementGroup]] = WeakKeyDictionary()
+
+
+def make_default_group(ctx: CallbackCtx) -> None:
+    """Create the default group for an initialization that has none.
+
+    In a context that was made by hand nothing happens.
+    """
+    if ctx.placement_group is not None or ctx not in _made:
+        return
+    try:
+        group = _ray.create_default_placement_group(ctx.llm_config)
+    except Exception as error:  # Ray's own, of any kind
+        raise step_error(ctx, Phase.PLACEMENT, describe(error)) from error
+    if _ray.current_placement_group() is None:
+        _made[ctx].append(group)
+    recorder_of(ctx).adopt(placement_group=group)
 
 
 class Placement:
@@ -28,31 +51,36 @@ class Placement:
     def __init__(self, ctx: CallbackCtx) -> None:
         self._ctx = ctx
         self._given = ctx.placement_group
-        self._created: PlacementGroup | None = None
+        self._made = _made.setdefault(ctx, [])
 
     async def ready(self) -> PlacementGroup:
         """Return the placement group once it is ready; the default one if there is no other."""
         ctx = self._ctx
         self._warn_of_reserved()
+        await threads.run_in_thread(make_default_group, ctx)
         group = ctx.placement_group
-        if group is None:
-            group = await threads.run_in_thread(_ray.create_default_placement_group, ctx.llm_config)
-            if _ray.current_placement_group() is None:
-                self._created = group
-            recorder_of(ctx).adopt(placement_group=group)
+        assert group is not None
+        self.remove(but=group)  # a callback has replaced the default one
         started = time.monotonic()
         try:
             while not await threads.run_in_thread(group.wait, _LOG_EVERY_S):
+                waited = time.monotonic() - started
+                extra = fields(phase=Phase.PLACEMENT, node=ctx.node.id, seconds=waited)
                 logger.info(
                     "waiting for placement group %s, bundles %s; 'ray status' shows what is free",
                     group.id.hex(),
                     group.bundle_specs,
+                    extra=extra,
                 )
-                patient = time.monotonic() - started < _AUTOSCALER_STARTS_S
-                await threads.run_in_thread(_refuse_impossible, group, patient)
+                patient = waited < _AUTOSCALER_STARTS_S
+                strategy = await threads.run_in_thread(_ray.strategy_of, group)
+                await threads.run_in_thread(
+                    _refuse_impossible, group.bundle_specs, strategy, patient, extra
+                )
         except Exception as error:
-            detail = str(error) if isinstance(error, _ImpossibleError) else describe(error)
-            raise step_error(ctx, Phase.PLACEMENT, detail, "placement_group") from error
+            detail = str(error) if isinstance(error, PlacementError) else describe(error)
+            failure = step_error(ctx, Phase.PLACEMENT, detail, "placement_group", error)
+            raise_from(failure, failure.__cause__)
         return group
 
     async def nodes(self, group: PlacementGroup) -> list[NodeInfo]:
@@ -64,15 +92,16 @@ class Placement:
             nodes.insert(0, self._ctx.node)
         return nodes
 
-    def remove(self) -> None:
-        """Remove the group if it was created here."""
-        if self._created is None:
-            return
-        from ray.util.placement_group import remove_placement_group
+    def remove(self, but: PlacementGroup | None = None) -> None:
+        """Remove the groups that this initialization has made, ``but`` one that is in use."""
+        for group in [group for group in self._made if group is not but]:
+            from ray.util.placement_group import remove_placement_group
 
-        remove_placement_group(self._created)
-        group_id = self._created.id.hex()
-        logger.info("removed placement group %s, which this initialization had made", group_id)
+            self._made.remove(group)
+            remove_placement_group(group)
+            text = "removed placement group %s, which this initialization had made"
+            extra = fields(phase=Phase.CLEAN_UP, node=self._ctx.node.id)
+            logger.info(text, group.id.hex(), extra=extra)
 
     def _warn_of_reserved(self) -> None:
         """Warn of what a callback that replaces the group of a replica leaves behind."""
@@ -86,34 +115,66 @@ class Placement:
             "placement_group_config of the LLMConfig instead",
             setter.callback if setter else None,
             self._given.bundle_specs,
+            extra=call_fields(setter) if setter else {},
         )
 
 
-class _ImpossibleError(Exception):
-    """A placement group that the cluster can never hold."""
+def refuse_unplaceable(config: LLMConfig) -> None:
+    """Raise if the cluster can never hold what Serve reserves for a replica of this config.
+
+    It is called where a deployment is built: Serve starts no replica before it has the group, so
+    nothing in a replica could say that it never will. Where an autoscaler runs it only warns, and
+    waits for one that has not reported yet. Does nothing without a cluster, or in an actor.
+
+    Raises:
+        PlacementError: Names the bundle, what the nodes have, and what to change.
+    """
+    if not _ray.may_build_deployments():
+        return
+    bundles, strategy = _ray.replica_bundles(config)
+    started = time.monotonic()
+    try:
+        while bundles:
+            patient = time.monotonic() - started < _AUTOSCALER_STARTS_S
+            unsure = patient and _ray.autoscaler_runs() is None
+            if not unsure or not _impossible(bundles, strategy)[0]:
+                break
+            time.sleep(_POLL_S)
+        _refuse_impossible(bundles, strategy, patient=False)
+    except PlacementError as error:
+        raise PlacementError(f"deployment of {config.model_id!r}: {error}") from None
 
 
-def _refuse_impossible(group: PlacementGroup, patient: bool) -> None:
+def _refuse_impossible(
+    bundles: Sequence[Mapping[str, float]],
+    strategy: str,
+    patient: bool,
+    extra: Mapping[str, object] | None = None,
+) -> None:
     """Raise if the cluster can never hold the group, and nothing adds nodes to it.
 
-    ``patient`` is whether an autoscaler that has not reported may still start.
+    ``patient`` is whether an autoscaler that has not reported may still start; ``extra`` is that of
+    a log record.
     """
-    from ray.util.placement_group import placement_group_table
-
-    strategy = placement_group_table(group)["strategy"]
-    nodes = _ray.live_nodes()
-    problem = _too_much(group.bundle_specs, strategy, [resources for _, resources in nodes])
+    problem, have = _impossible(bundles, strategy)
     if not problem:
         return
-    have = "; ".join(f"node {node} has {_shown(resources)}" for node, resources in nodes)
     scaled = _ray.autoscaler_runs()
     if scaled or (scaled is None and patient):
-        logger.warning("%s: %s; waiting for an autoscaler to add nodes", problem, have)
+        text = "%s: %s; waiting for an autoscaler to add nodes"
+        logger.warning(text, problem, have, extra=extra)
         return
-    raise _ImpossibleError(
+    raise PlacementError(
         f"{problem}, and no autoscaler runs that would add one: {have}; ask for less in "
         "placement_group_config, or where the group is made, or add nodes"
     )
+
+
+def _impossible(bundles: Sequence[Mapping[str, float]], strategy: str) -> tuple[str, str]:
+    """Return what the cluster can never hold, or nothing, and what its nodes have."""
+    nodes = _ray.live_nodes()
+    problem = _too_much(bundles, strategy, [resources for _, resources in nodes])
+    return problem, "; ".join(f"node {node} has {_shown(resources)}" for node, resources in nodes)
 
 
 def _too_much(

@@ -16,17 +16,17 @@ from rayserve_hooks.context import NodeInfo, NodeResult
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.hooks import CLEAN_UP
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, fields, logger
 from rayserve_hooks.core.manager import manager_of
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import TraceEntry
 
 T = TypeVar("T")
 
 _ATTEMPTS = 2  # of a process that is killed, for example for want of memory
-# Processes that try to clean up: the node's own, one if that has crashed, one for the rest, and one
-# because a process may crash before it was heard which callback it was in.
-_CLEAN_UPS = 4
+# Processes that may end in a clean-up without having said in which callback: the node's own, if it
+# has crashed meanwhile, and one more. All others end the clean-up of a callback, at its second try.
+_SILENT_ENDS = 2
 _STOP_S = 10.0
 _START_S = 60.0  # on top of the hook's own limit: a new worker process has to start
 
@@ -84,8 +84,9 @@ class RemoteNode:
                 reply: NodeReply = await self._follow(self._actor, initializing)
             except RayTaskError as error:
                 if isinstance(error.cause, HookError):
-                    raise error.cause from error.cause.__cause__
-                raise self._failed(describe(error.cause)) from error
+                    raise_from(error.cause, error.cause.__cause__)
+                failure = self._failed(describe(error.cause), error.cause)
+                raise_from(failure, failure.__cause__)
             except RayError as error:
                 self._actor, problem = None, error
                 self._earlier, self._calls = self.trace, []
@@ -94,7 +95,7 @@ class RemoteNode:
                 return reply
         assert problem is not None
         detail = f"its process was killed or the node died: {describe(problem)}"
-        raise self._failed(detail) from problem
+        raise self._failed(detail, problem)
 
     def _start(self, request: NodeRequest, attempt: int) -> Any:
         """Start an actor on the node."""
@@ -126,10 +127,11 @@ class RemoteNode:
             if status is not None:
                 status.cancel()
 
-    def _failed(self, detail: str) -> HookError:
+    def _failed(self, detail: str, cause: BaseException) -> HookError:
         # Without a running call the one that was cut off when an earlier process was killed.
         call = self.running or _innermost(self._earlier, "interrupted")
-        return entry_error(call, self.node, self.phase or Phase.BEFORE_DOWNLOAD, detail)
+        phase, known = self.phase or Phase.BEFORE_DOWNLOAD, self._request.fields
+        return entry_error(call, self.node, phase, detail, cause=cause, known=known)
 
     async def clean_up(self, error: BaseException) -> list[HookError]:
         """Stop what still runs on the node, and run ``on_init_failed`` if anything had started.
@@ -152,8 +154,10 @@ class RemoteNode:
             cut_off = _innermost(self.trace, "interrupted", CLEAN_UP)
             happened = "did not end" if cut_off else "did not run"
             detail = f"on_init_failed {happened}: {describe(cause)}"
-            failures.append(entry_error(cut_off, self.node, Phase.CLEAN_UP, detail))
-            logger.error("%s", failures[-1])
+            known = self._request.fields
+            failures.append(entry_error(cut_off, self.node, Phase.CLEAN_UP, detail, known=known))
+            here = fields(phase=Phase.CLEAN_UP, node=self.node.id)
+            logger.error("%s", failures[-1], extra=call_fields(cut_off) if cut_off else here)
         finally:
             self._kill()
         return failures
@@ -162,22 +166,25 @@ class RemoteNode:
         """Clean up in the node's own process; where that is gone, or goes, in a new one."""
         from ray.exceptions import RayError, RayTaskError
 
-        for processes_left in reversed(range(_CLEAN_UPS)):
+        silent_ends = 0
+        while True:
             if self._actor is None:
                 request = self._request_to_clean_up(failures)
                 if not manager_of(request.stack).run_order()[CLEAN_UP]:
                     return  # none that is left has anything to clean up
                 self._actor = self._start(request, _ATTEMPTS)
-            started = sorted({call.callback for call in self._earlier})
+            called = (call for call in self._earlier if call.outcome != "skipped")
+            started = sorted({call.callback for call in called})
             answer = self._actor.clean_up.remote(error, started, followed=True)
             cleaning = self._follow(self._actor, answer)
             limit = self._request.stack.time_limits.on_init_failed
             try:
                 outcome: CleanUp = await asyncio.wait_for(cleaning, limit and limit + _START_S)
             except RayError as problem:
-                if isinstance(problem, RayTaskError) or not processes_left:
+                if _innermost(self._calls, "running", CLEAN_UP) is None:
+                    silent_ends += 1
+                if isinstance(problem, RayTaskError) or silent_ends == _SILENT_ENDS:
                     raise
-                # Of a crash at the same time, or in on_init_failed.
                 self._actor = None
             else:
                 self._calls = outcome.trace
@@ -194,10 +201,11 @@ class RemoteNode:
         request, done = self._request, self._cleaned
         calls = [call for call in self._earlier if call.hook == CLEAN_UP]
         cut_off = Counter(call.callback for call in calls if call.outcome == "interrupted")
-        for call in calls:
-            if call.callback in done or (cut_off[call.callback] == 1 and call is calls[-1]):
+        for name, call in {call.callback: call for call in calls}.items():  # each one's last
+            interrupted = call.outcome == "interrupted"
+            if name in done or (interrupted and cut_off[name] < _ATTEMPTS):
                 continue
-            done.add(call.callback)
+            done.add(name)
             if call.outcome != "returned":
                 detail = "its process was killed or the node died; see the log of that process"
                 failures.append(entry_error(call, self.node, Phase.CLEAN_UP, detail))
@@ -218,7 +226,9 @@ class RemoteNode:
             except RayError:
                 self._actor = None
             except TimeoutError:
-                logger.warning("killing the process on node %s, which does not stop", self.node)
+                text = "killing the process on node %s, which does not stop"
+                here = fields(phase=Phase.CLEAN_UP, node=self.node.id)
+                logger.warning(text, self.node, extra=here)
                 self._kill()
         return False
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.engine_arguments import Environment
 from rayserve_hooks.cluster.placement import Placement
-from rayserve_hooks.context import CallbackCtx, NodeInfo
+from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo
 from rayserve_hooks.core.failures import step_error
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import call_fields, fields, logger, seconds_of, trace_is_wanted
 from rayserve_hooks.core.manager import manager_of
-from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import Recorder
 from rayserve_hooks.core.running import call_hook, clean_up, timed_out
 from rayserve_hooks.core.stack import CallbackStack
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.core.takeovers import log_take_over, named, skips, taken_over_by
+from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import TraceEntry
 
 if TYPE_CHECKING:
@@ -64,6 +66,16 @@ class Initialization:
         """Call a hook in this process and return its result."""
         return await call_hook(self.manager, hook, self.ctx)
 
+    def take_over(self, handled: Handled) -> None:
+        """Note, and log, that a callback has initialized the nodes itself."""
+        hook, node = "on_before_init", self.ctx.node
+        call = taken_over_by(self.ctx.trace, hook, node.id)
+        if call is not None:
+            order = self.manager.run_order()["on_before_download"]
+            self.recorder.skip("on_before_download", order, call.callback)
+        self.recorder.take_over(named(handled, hook, self.ctx))
+        log_take_over(self.ctx.trace, hook, node)
+
     @contextlib.asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
         """Run the block within the limit of the whole, saying what runs; clean up if it fails."""
@@ -76,15 +88,18 @@ class Initialization:
             except TimeoutError as expired:
                 if limit is None or not deadline.expired():
                     raise
-                rest = f"; still running: {self._running()}"
-                raise timed_out("total", limit, self.ctx, self.phase, rest) from expired
+                rest = f"; still running: {'; '.join(map(str, self._running()))}"
+                failure = timed_out("total", limit, self.ctx, self.phase, rest, cause=expired)
+                raise_from(failure, failure.__cause__)
         except BaseException as raised:  # whatever ends the initialization, it is cleaned up
             ordinary = isinstance(raised, Exception) and not isinstance(raised, HookError)
-            error = step_error(self.ctx, self.phase, describe(raised)) if ordinary else raised
+            error = raised
+            if ordinary:
+                error = step_error(self.ctx, self.phase, describe(raised), cause=raised)
             await self._fail(error)
             if error is raised:
                 raise
-            raise error from raised
+            raise_from(error, error.__cause__)
         finally:
             heartbeat.cancel()
         for node in self.others:
@@ -93,7 +108,7 @@ class Initialization:
 
     async def _fail(self, error: BaseException) -> None:
         """Stop what is running, let the callbacks clean up, and remove what was created."""
-        self.phase = Phase.CLEAN_UP
+        failed_in, self.phase = self.phase, Phase.CLEAN_UP
         try:
             failures = await asyncio.gather(*(node.clean_up(error) for node in self.others))
             for node in self.others:  # their calls are there already if all of them had ended well
@@ -108,6 +123,7 @@ class Initialization:
             self._name,
             self._seconds,
             self.ctx.trace.table(),
+            extra=self._fields(failed_in),
         )
 
     @property
@@ -117,32 +133,51 @@ class Initialization:
     async def _log_still_running(self) -> None:
         while True:
             await asyncio.sleep(_LOG_EVERY_S)
-            running = self._running()
-            logger.info("initialization of %s after %.0f s: %s", self._name, self._seconds, running)
+            text = "initialization of %s after %.0f s: %s"
+            for doing in self._running():
+                logger.info(text, self._name, self._seconds, doing, extra=doing.fields())
 
-    def _running(self) -> str:
+    def _running(self) -> list[_Doing]:
         """Return what runs, on each node that is not ready."""
         doing = [
-            _doing(node.phase or "waiting for a worker process", node.node, node.running)
-            for node in self.others
-            if not node.ended
+            _Doing(node.phase, node.node, node.running) for node in self.others if not node.ended
         ]
         if self.recorder.running is not None or not doing:
-            doing.append(_doing(self.phase, self.ctx.node, self.recorder.running))
-        return "; ".join(doing)
+            doing.append(_Doing(self.phase, self.ctx.node, self.recorder.running))
+        return doing
+
+    def _fields(self, phase: Phase | None = None) -> dict[str, Any]:
+        return fields(phase=phase, node=self.ctx.node.id, seconds=self._seconds)
 
     def _log_summary(self) -> None:
-        ran = ", ".join(entry.name for entry in self.manager.stack.entries) or "none"
-        if self.ctx.handled is not None:
-            reason = redact(self.ctx.handled.reason, self.recorder.values)
-            ran += f", handled by a callback: {reason or 'no reason given'}"
-        text = "initialized %s in %.2f s: %d node(s), callbacks %s"
-        logger.info(text, self._name, self._seconds, len(self.ctx.nodes), ran)
-        logger.debug("%r", self.ctx.trace)
+        trace = self.ctx.trace
+        called = {entry.callback for entry in trace if entry.outcome != "skipped"}
+        names = [entry.name for entry in self.manager.stack.entries]
+        ran = ", ".join(name for name in names if name in called) or "none"
+        ran = "; skipped: ".join([ran, *(["; ".join(skips(trace))] if skips(trace) else [])])
+        text = "initialized %s in %.2f s: %d node(s), callbacks that ran: %s"
+        nodes = len(self.ctx.nodes)
+        logger.info(text, self._name, self._seconds, nodes, ran, extra=self._fields())
+        level = logging.INFO if trace_is_wanted() else logging.DEBUG
+        logger.log(level, "what ran:\n%s", trace.table(), extra=self._fields())
 
 
-def _doing(phase: str, node: NodeInfo, running: TraceEntry | None) -> str:
-    if running is None:
-        return f"{phase} on node {node}"
-    seconds = time.time() - running.start
-    return f"{phase} on node {node}, callback {running.callback!r} for {seconds:.0f} s"
+@dataclass(frozen=True)
+class _Doing:
+    """What goes on on a node; without a phase it waits for a worker process."""
+
+    phase: Phase | None
+    node: NodeInfo
+    running: TraceEntry | None
+
+    def __str__(self) -> str:
+        text = f"{self.phase or 'waiting for a worker process'} on node {self.node}"
+        if self.running is None:
+            return text
+        seconds = seconds_of(self.running)
+        return f"{text}, callback {self.running.callback!r} for {seconds:.0f} s"
+
+    def fields(self) -> dict[str, Any]:
+        if self.running is not None:
+            return call_fields(self.running)
+        return fields(phase=self.phase, node=self.node.id)

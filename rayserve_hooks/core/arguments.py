@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from rayserve_hooks.core.validation import problems_of
-from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.errors import CallbackConfigError, raise_from
 
 if typing.TYPE_CHECKING:
     from pydantic import BaseModel
@@ -49,7 +49,7 @@ def checked_arguments(
         except ValidationError as error:
             problems = problems_of(error, sorted(model.model_fields), noun="argument")
             texts = (problem.in_call(type(self).__name__) for problem in problems)
-            raise CallbackConfigError(*texts) from None
+            raise_from(CallbackConfigError(*texts), None)
         given = {name: getattr(arguments, name) for name in arguments.model_fields_set}
         init(self, **given)  # type: ignore[call-arg]
 

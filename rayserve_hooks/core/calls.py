@@ -6,14 +6,13 @@ import asyncio
 import functools
 import inspect
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import Blame, settle
 from rayserve_hooks.core.hooks import CLEAN_UP, FIRST_RESULT, HOOK_PARAMETERS
-from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.hookspecs import RayServeLLMCallback
 
@@ -23,8 +22,13 @@ T = TypeVar("T")
 _ENDED = object()
 
 
-def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]:
-    """Return the function that pluggy calls in place of a callback's own."""
+def plain_call(
+    function: Callable[..., Any], blame: Blame, later: Callable[[], Sequence[str]]
+) -> Callable[..., Any]:
+    """Return the function that pluggy calls in place of a callback's own.
+
+    ``later`` returns the callbacks that a first result skips.
+    """
     callback, hook, taken = blame.callback, blame.hook, _taken(function, blame.hook)
 
     @_with_parameters_of(hook)
@@ -41,13 +45,13 @@ def plain_call(function: Callable[..., Any], blame: Blame) -> Callable[..., Any]
                 outcome = "returned"
             else:
                 outcome = "handled"
-                entry.reason = redact(result.reason, recorder.values)
+                recorder.note_handled(entry, result, blame.kwargs, later())
             return result
         except BaseException as error:  # a SystemExit would end, or hang, what waits for the hook
             if _is_given_up(error):
                 raise
             outcome = blame.outcome_of(error)
-            return settle(error, ctx, blame)
+            return settle(error, ctx, blame, entry)
         finally:
             recorder.end(entry, outer, outcome)
 
@@ -83,6 +87,9 @@ def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., An
                 if hook in FIRST_RESULT and result is not None:
                     result = _checked(result, hook)
                 outcome = "returned"
+                if isinstance(result, Handled) and result is not inner:
+                    outcome = "handled"
+                    recorder.note_handled(entry, result, blame.kwargs)
                 # Of a clean-up, what failed inside is the result, whatever a wrapper returns.
                 return (inner or []) if hook == CLEAN_UP else result
             except BaseException as error:  # as above
@@ -92,7 +99,7 @@ def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., An
                     outcome = "returned"
                     raise
                 outcome = blame.outcome_of(error)
-                failure = settle(error, ctx, blame)
+                failure = settle(error, ctx, blame, entry)
             # A failure that is not raised: go on as if the wrapper were not there.
             if not yielded:
                 inner = yield

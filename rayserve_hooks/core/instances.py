@@ -10,7 +10,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
-from rayserve_hooks.errors import CallbackConfigError, describe
+from rayserve_hooks.core.masked_errors import masked
+from rayserve_hooks.core.masking import redact
+from rayserve_hooks.errors import CallbackConfigError, describe, raise_from
 
 T = TypeVar("T")
 
@@ -82,12 +84,9 @@ class Instance:
             try:
                 self._pickled = dumps(self._instance)
             except Exception as error:  # any class can refuse in its own way
-                for name, value in _attributes(self._instance):
-                    try:
-                        dumps(value)
-                    except Exception as reason:  # as above
-                        kind = type(value).__name__
-                        raise TypeError(f"its attribute {name!r}, a {kind}: {reason}") from error
+                refusal = attribute_refusal(self._instance, dumps)
+                if refusal:
+                    raise TypeError(refusal) from error
                 raise
 
     def load(self) -> object:
@@ -98,10 +97,11 @@ class Instance:
                 # Ray has brought these bytes from the process that made the config.
                 self._instance = pickle.loads(self._pickled)
             except Exception as error:  # importing its class runs other people's code
-                raise CallbackConfigError(
-                    f"the instance cannot be built again in this process: {describe(error)}; "
-                    "name the class with kwargs instead"
-                ) from error
+                problem = (
+                    "the instance cannot be built again in this process: "
+                    f"{redact(describe(error))}; name the class with kwargs instead"
+                )
+                raise_from(CallbackConfigError(problem), masked(error))
         return self._instance
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,6 +112,19 @@ class Instance:
         return f"instance of {self.class_name}"
 
 
+def attribute_refusal(instance: object, dumps: Dumps, owner: str = "") -> str | None:
+    """Return which attribute of an object does not pickle, and why; None if all do.
+
+    ``owner`` is the attribute that the object itself is, with a dot.
+    """
+    for name, value in _attributes(instance):
+        try:
+            dumps(value)
+        except Exception as reason:  # any value can refuse in its own way
+            return f"its attribute {owner + name!r}, a {type(value).__name__}: {reason}"
+    return None
+
+
 def class_refusal(cls: type, dumps: Dumps) -> str | None:
     """Return why a class that no other process has, such as one of a notebook, cannot be sent."""
     try:
@@ -120,13 +133,14 @@ def class_refusal(cls: type, dumps: Dumps) -> str | None:
         for name, value in vars(cls).items():
             try:
                 dumps(value)
-            except Exception as reason:  # as above
+            except Exception as refusal:  # as above
                 kind = type(value).__name__
                 return (
                     f"its class is in {cls.__module__!r}, which is another module there, and does "
-                    f"not pickle for its attribute {name!r}, a {kind}: {reason}"
+                    f"not pickle for its attribute {name!r}, a {kind}: {redact(str(refusal))}"
                 )
-        return f"its class is in {cls.__module__!r}, which is another module there: {error}"
+        reason = redact(str(error))
+        return f"its class is in {cls.__module__!r}, which is another module there: {reason}"
     return None
 
 

@@ -19,9 +19,10 @@ from typing import Any
 from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.inspection import Unbuilt, hook_problems, is_a, names_of
 from rayserve_hooks.core.instances import Instance
+from rayserve_hooks.core.masked_errors import masked
 from rayserve_hooks.core.masking import redact
 from rayserve_hooks.core.validation import is_validation_error, problems_of
-from rayserve_hooks.errors import CallbackConfigError, describe, did_you_mean
+from rayserve_hooks.errors import CallbackConfigError, describe, did_you_mean, raise_from
 
 ENTRY_POINT_GROUP = "rayserve_hooks"
 
@@ -43,7 +44,7 @@ def explained(text: str) -> Iterator[None]:
     except (CallbackConfigError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise CallbackConfigError(f"{text}: {describe(error)}") from error
+        raise_from(CallbackConfigError(f"{text}: {redact(describe(error))}"), masked(error))
 
 
 def build(
@@ -89,18 +90,17 @@ def _construct(cls: type, kwargs: Mapping[str, Any]) -> object:
         texts = tuple(redact(problem, kwargs) for problem in error.problems)
         if texts == error.problems:
             raise
-        raise CallbackConfigError(*texts) from None
+        raise_from(CallbackConfigError(*texts), None)
     except Exception as error:  # a constructor may refuse with any exception
         if is_validation_error(error):
             known = sorted(getattr_static(cls, "__pydantic_fields__", {}))
             texts = tuple(p.in_call(cls.__name__) for p in problems_of(error, known, "argument"))
-            raise CallbackConfigError(*(redact(text, kwargs) for text in texts)) from None
+            raise_from(CallbackConfigError(*(redact(text, kwargs) for text in texts)), None)
         if isinstance(error, TypeError):  # Python's own, where it is about the arguments
             raise_problems(argument_problems(cls, kwargs))
         reason = redact(describe(error), kwargs)
-        raise CallbackConfigError(
-            f"{_called(cls)} refused kwargs {sorted(kwargs)}: {reason}"
-        ) from (error if reason == describe(error) else None)
+        refusal = f"{_called(cls)} refused kwargs {sorted(kwargs)}: {reason}"
+        raise_from(CallbackConfigError(refusal), masked(error, kwargs))
 
 
 def argument_problems(cls: type, kwargs: Mapping[str, Any], given: Sequence[str] = ()) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import inspect
 import threading
@@ -17,7 +18,7 @@ import pluggy
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import _pluggy
 from rayserve_hooks.core.calls import plain_call, wrapper_call
-from rayserve_hooks.core.failures import Blame
+from rayserve_hooks.core.failures import Blame, OwnFailures
 from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS
 from rayserve_hooks.core.inspection import (
     HookFunction,
@@ -142,8 +143,10 @@ class PluginManager(pluggy.PluginManager):
             problems = [f"is the class itself; register {plugin.__name__}(), an instance of it"]
         if problems:
             raise CallbackConfigError(*(f"callback {name!r}: {problem}" for problem in problems))
+        if is_a(plugin, OwnFailures):
+            plugin.blame_of = functools.partial(self.blame, name)
         registered = RegisteredCallback(
-            plugin, name, {hook: self._instrumented(hook, name) for hook in hooks}
+            plugin, name, {hook: self._instrumented(hook, name, plugin) for hook in hooks}
         )
         with _blames_callback():
             try:
@@ -161,11 +164,18 @@ class PluginManager(pluggy.PluginManager):
         with _blames_callback():
             super().check_pending()
 
-    def _instrumented(self, hook: HookFunction, name: str) -> Callable[..., Any]:
+    def _instrumented(self, hook: HookFunction, name: str, plugin: object) -> Callable[..., Any]:
         if hook.hook not in HOOKS:
             return hook.function
-        instrument = wrapper_call if hook.options["wrapper"] else plain_call
-        return instrument(hook.function, self.blame(name, hook.hook))
+        blame = self.blame(name, hook.hook, plugin)
+        if hook.options["wrapper"]:
+            return wrapper_call(hook.function, blame)
+        return plain_call(hook.function, blame, functools.partial(self._later, name, hook.hook))
+
+    def _later(self, name: str, hook: str) -> list[str]:
+        """Return the callbacks that run after one that is no wrapper."""
+        order = self.run_order()[hook]
+        return order[len(order) - order[::-1].index(name) :]  # the last: it may be a wrapper, too
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> pluggy.HookimplOpts | None:
         if is_a(plugin, RegisteredCallback):
@@ -248,10 +258,12 @@ class PluginManager(pluggy.PluginManager):
         entry = self._entries.get(callback)
         return ((entry and entry.on_error) or self.stack.on_error) == "warn"
 
-    def blame(self, callback: str, hook: str) -> Blame:
+    def blame(self, callback: str, hook: str, plugin: object = None) -> Blame:
         """Return what a callback's failure in a hook is charged to."""
         entry = self._entries.get(callback)
-        return Blame(callback, hook, self.warns(callback), entry.kwargs if entry else {})
+        kwargs = entry.kwargs if entry else {}
+        plugin = self.get_plugin(callback) if plugin is None else plugin
+        return Blame(callback, hook, self.warns(callback), kwargs, plugin, entry is not None)
 
     def clean_up(
         self, ctx: CallbackCtx, error: BaseException, started: Iterable[str]

@@ -6,19 +6,30 @@ This is the one file besides ``context.py`` that touches a context's private sta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import Any
 
-from rayserve_hooks.context import CallbackCtx, Handled, NodeResult
+from rayserve_hooks.context import (
+    CallbackCtx,
+    ContextLogger,
+    DeferredConfig,
+    Handled,
+    NodeResult,
+)
 from rayserve_hooks.core import threads
-from rayserve_hooks.core.log import logger
-from rayserve_hooks.core.masking import is_secret, shown
+from rayserve_hooks.core.log import call_fields, fields, logger
+from rayserve_hooks.core.masking import is_secret, redact, shown
 from rayserve_hooks.trace import ABSENT, Change, TraceEntry
 
 _MOST_ITEMS = 10_000  # of the context that are compared after each call
 _DEEPEST = 50
+
+# The call that this code belongs to, and whose recorder it is: work beside the hooks has its own.
+_own_call: ContextVar[tuple[Recorder, TraceEntry] | None] = ContextVar("own_call", default=None)
 
 
 class Recorder:
@@ -46,6 +57,14 @@ class Recorder:
         self.values: Mapping[str, Any] = self._state.values
         self._before = seen(self.values)
 
+    @property
+    def secrets_among(self) -> tuple[object, ...]:
+        """Where a context's secrets are: its fields, and its config where that is loaded."""
+        config = self._state.llm_config
+        # Of the config what the engine is given: the callbacks' arguments are known by callback.
+        engine = () if isinstance(config, DeferredConfig) else getattr(config, "engine_kwargs", ())
+        return self.values, engine
+
     def begin(self, callback: str, hook: str) -> tuple[TraceEntry, TraceEntry | None]:
         """Return a starting call's trace entry, and that of the call around it, for `end`."""
         outer = self.running
@@ -54,13 +73,48 @@ class Recorder:
         entry = self._entry(callback, hook)
         if self._on_call is not None:
             self._on_call(entry)
-        self.running = entry
+        self._run_as(entry)
         return entry, outer
+
+    def _run_as(self, entry: TraceEntry | None) -> None:
+        self.running = entry
+        _own_call.set(None if entry is None else (self, entry))
 
     def end(self, entry: TraceEntry, outer: TraceEntry | None, outcome: str) -> None:
         self.note_changes(entry)
-        self.running = outer
+        self._run_as(outer)
         entry.finish(outcome)
+
+    def note_handled(
+        self,
+        entry: TraceEntry,
+        handled: Handled,
+        kwargs: Mapping[str, Any],
+        skipped: Sequence[str] = (),
+    ) -> None:
+        """Note that a call has taken over, and whom of its hook that skips.
+
+        Secrets among the callback's ``kwargs`` stay out of the reason.
+        """
+        entry.reason = redact(handled.reason, self.values, kwargs)
+        self.skip(entry.hook, skipped, entry.callback)
+
+    def skip(self, hook: str, callbacks: Sequence[str], taken_over_by: str) -> None:
+        """Note calls that are not made."""
+        for callback in callbacks:
+            entry = self._entry(callback, hook)
+            entry.duration_s = 0.0
+            entry.outcome = "skipped"
+            entry.reason = f"{taken_over_by!r} took over"
+
+    def log(self) -> ContextLogger:
+        """Return the logger of the callback whose code asks; outside of all, of none."""
+        recorder, entry = _own_call.get() or (None, None)
+        if recorder is not self:  # a thread that the callback has started, or no callback at all
+            entry = self.running
+        if entry is None:
+            return ContextLogger(fields=functools.partial(fields, node=self._state.node.id))
+        return ContextLogger(entry.callback, functools.partial(call_fields, entry))
 
     def note_changes(self, entry: TraceEntry) -> None:
         """Charge ``entry`` with what differs from the last look, and warn of conflicts."""
@@ -78,7 +132,7 @@ class Recorder:
             earlier = self._conflicts.get(path, last)
             if earlier != last and not path.startswith("custom_data"):
                 text = "callbacks %r and %r both set ctx.%s; %r ran last and has the last word"
-                logger.warning(text, earlier, last, path, last)
+                logger.warning(text, earlier, last, path, last, extra=call_fields(entry))
             self._conflicts[path] = last
 
     def note_assignment(self, name: str) -> None:
@@ -92,6 +146,7 @@ class Recorder:
         entry = self._entry(running.callback, running.hook, background=name)
 
         def run() -> Any:
+            _own_call.set((self, entry))
             outcome = "failed"
             try:
                 result = fn(*args)
@@ -106,7 +161,7 @@ class Recorder:
         self.background.append((entry, call))
         return call.future
 
-    def take_over(self, handled: Handled | None) -> None:
+    def take_over(self, handled: Handled) -> None:
         self._state.handled = handled
 
     def adopt(self, **values: Any) -> None:

@@ -15,7 +15,7 @@ from rayserve_hooks.core.failures import entry_error, settle
 from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import HookError, Phase
+from rayserve_hooks.errors import HookError, Phase, raise_from
 from rayserve_hooks.trace import TraceEntry
 
 T = TypeVar("T")
@@ -41,11 +41,18 @@ async def time_limit(
     except TimeoutError as error:
         if not deadline.expired() or seconds is None:
             raise
-        raise timed_out(name, seconds, ctx, phase) from error
+        failure = timed_out(name, seconds, ctx, phase, cause=error)
+        raise_from(failure, failure.__cause__)
 
 
 def timed_out(
-    name: str, seconds: float, ctx: CallbackCtx, phase: Phase, rest: str = ""
+    name: str,
+    seconds: float,
+    ctx: CallbackCtx,
+    phase: Phase,
+    rest: str = "",
+    *,
+    cause: BaseException | None = None,
 ) -> HookError:
     """Return the error of a time limit that has run out; names the callback that is running."""
     # An async call has ended because its wait was cancelled; the last of them is the innermost.
@@ -58,7 +65,7 @@ def timed_out(
         f"not done after {seconds:g} s, the time limit {name!r}; see what it waits for, or raise "
         f"the limit in time_limits{rest}"
     )
-    return entry_error(running, ctx.node, phase, detail)
+    return entry_error(running, ctx.node, phase, detail, cause=cause)
 
 
 async def with_background(
@@ -104,7 +111,7 @@ def _settle(
         error = error.__cause__
     what = f"its background task {entry.background!r} raised "
     blame = replace(manager.blame(entry.callback, entry.hook), what=what)
-    settle(error, ctx, blame)
+    settle(error, ctx, blame, entry)
     entry.outcome = blame.outcome_of(error)
 
 
@@ -116,7 +123,8 @@ async def clean_up(
     ``started`` are callbacks that had started in another process of this node.
     """
     here = (ctx.node.id, os.getpid())
-    started = {*started, *(e.callback for e in ctx.trace if (e.node_id, e.pid) == here)}
+    called = (e for e in ctx.trace if (e.node_id, e.pid) == here and e.outcome != "skipped")
+    started = {*started, *(e.callback for e in called)}
     limit = manager.stack.time_limits.on_init_failed
     try:
         async with time_limit(CLEAN_UP, limit, ctx, Phase.CLEAN_UP):

@@ -22,11 +22,12 @@ from typing import Any, Literal
 from rayserve_hooks.core.instances import ByObject, Dumps, Instance, class_refusal, identity
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import Adapt, build, explained, no_adapter
-from rayserve_hooks.core.log import logger
+from rayserve_hooks.core.log import fields, logger
+from rayserve_hooks.core.masked_errors import masked
 from rayserve_hooks.core.masking import redact, shown
 from rayserve_hooks.core.recorder import snapshot
 from rayserve_hooks.core.validation import Problem, adapter, described, problems_of
-from rayserve_hooks.errors import CallbackConfigError, Problems, describe
+from rayserve_hooks.errors import CallbackConfigError, Problems, describe, raise_from
 
 _KEYS = ("callback", "kwargs", "name", "on_error", "only_on_cluster")
 
@@ -120,14 +121,13 @@ class CallbackEntry:
         try:
             return build(self.callback, snapshot(self.kwargs), adapt, construct)
         except CallbackConfigError as error:
-            raise CallbackConfigError(*map(self._named, error.problems)) from error.__cause__
+            raise_from(CallbackConfigError(*map(self._named, error.problems)), error.__cause__)
         except Exception:
             raise
         except BaseException as error:  # a SystemExit would end, or hang, what builds it
             reason = redact(describe(error), self.kwargs)
-            raise CallbackConfigError(
-                self._named(f"exits where it is built: {reason}; raise an Exception there instead")
-            ) from (error if reason == describe(error) else None)
+            problem = f"exits where it is built: {reason}; raise an Exception there instead"
+            raise_from(CallbackConfigError(self._named(problem)), masked(error, self.kwargs))
 
     def _named(self, problem: str) -> str:
         if problem.startswith("callback "):
@@ -152,9 +152,9 @@ class CallbackEntry:
                 refusal = class_refusal(cls, dumps)
                 if refusal:
                     reason, advice = refusal, "define the class in a module that replicas have"
-            raise CallbackConfigError(
-                f"callback {self.name!r} cannot be sent to another process: {reason}; {advice}"
-            ) from error
+            reason = redact(reason, self.kwargs)
+            problem = f"callback {self.name!r} cannot be sent to another process: {reason}"
+            raise_from(CallbackConfigError(f"{problem}; {advice}"), masked(error, self.kwargs))
 
     def written(self, as_text: bool) -> dict[str, Any]:
         """Return the item of a config's list that makes this entry.
@@ -316,7 +316,8 @@ class CallbackStack:
                 f"deployment; use names of its callbacks (known: {known})"
             )
         for switched_off in sorted(named):
-            logger.warning("callback %r is switched off by %s", switched_off, DISABLE_VARIABLE)
+            text, extra = "callback %r is switched off by %s", fields(callback=switched_off)
+            logger.warning(text, switched_off, DISABLE_VARIABLE, extra=extra)
         entries = tuple(entry for entry in self.entries if entry.name not in named)
         return replace(self, entries=entries, deployment=name)
 

@@ -14,7 +14,7 @@ import contextvars
 import functools
 import inspect
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future
 from contextvars import ContextVar
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -47,6 +47,7 @@ class ThreadCall(Generic[T]):
         self.future: Future[T] = Future()
         self.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         self._given_up: Future[None] = Future()
+        self._awaits: dict[Future[Any], _CallbackLoop] = {}  # outcomes that it waits for
         context = contextvars.copy_context()
         threading.Thread(
             target=context.run, args=(self._run, func), name="rayserve_hooks-call", daemon=True
@@ -76,71 +77,90 @@ class ThreadCall(Generic[T]):
         """Stop what can be stopped: its coroutines. A blocked thread can not be."""
         with contextlib.suppress(concurrent.futures.InvalidStateError):  # given up twice
             self._given_up.set_result(None)
+        # Here, not where it is waited for: what starts next must know that the loop may be blocked.
+        for outcome, loop in list(self._awaits.items()):
+            loop.cancel(outcome)
 
     def check(self) -> None:
         """Raise ``CancelledError`` if the call was given up, so that it starts nothing new."""
         if self.given_up:
             raise asyncio.CancelledError("this initialization was given up")
 
-    def wait_for(self, awaitable: Awaitable[R]) -> R:
+    def wait_for(self, awaitable: Awaitable[R], on: SharedLoop) -> R:
         """Await something of this call, from its thread."""
         if self.given_up and inspect.iscoroutine(awaitable):
             awaitable.close()  # or Python complains that nobody awaited it
         self.check()
-        with _callback_loop() as loop:
-            outcome = loop.start(awaitable)
+        with on.running() as loop:
+            outcome: Future[R] = Future()
+            self._awaits[outcome] = loop
+            loop.start(awaitable, outcome)
             either: list[Future[Any]] = [outcome, self._given_up]
             concurrent.futures.wait(either, return_when=FIRST_COMPLETED)
             if self.given_up:
-                loop.cancel(outcome)
+                loop.cancel(outcome)  # if it was given up just before
                 concurrent.futures.wait([outcome], timeout=_GIVE_UP_S)  # for it to clean up
-                loop.usable = loop.usable and outcome.done()
                 self.check()
+            del self._awaits[outcome]
             return outcome.result()
 
 
 class _CallbackLoop:
     """An event loop for callbacks, in a daemon thread.
 
-    One that a callback stops goes on. ``usable`` is False once one blocks or has broken it.
+    One that a callback stops goes on.
     """
 
     def __init__(self) -> None:
-        self.usable = True
+        self._works = True
+        self._cancelled: list[Future[Any]] = []
         self._ending = False
         self._loop = asyncio.new_event_loop()
         self._lock = threading.Lock()
         self._tasks: dict[Future[Any], asyncio.Task[None] | None] = {}  # by their outcome
         threading.Thread(target=self._run, name="rayserve_hooks-aio", daemon=True).start()
 
-    def start(self, awaitable: Awaitable[T]) -> Future[T]:
-        """Start to await something, and return its outcome to come.
+    @property
+    def usable(self) -> bool:
+        """False once a callback has broken it, and while one that was cancelled may block it."""
+        return self._works and all(outcome.done() for outcome in self._cancelled)
+
+    def start(self, awaitable: Awaitable[T], outcome: Future[T]) -> None:
+        """Start to await something, whose outcome is to be set.
 
         What it raises is an outcome too: by itself a ``SystemExit`` would end the loop's thread.
         """
-        outcome: Future[T] = Future()
         with self._lock:
             self._tasks[outcome] = None
             try:
                 self._loop.call_soon_threadsafe(self._begin, awaitable, outcome)
             except RuntimeError as error:  # it has been closed
                 _resolve(outcome, error=error)
-        return outcome
 
     def _begin(self, awaitable: Awaitable[T], outcome: Future[T]) -> None:
+        if outcome in self._cancelled:  # a task that has not begun would set no outcome
+            del self._tasks[outcome]
+            if inspect.iscoroutine(awaitable):
+                awaitable.close()
+            _resolve(outcome, error=asyncio.CancelledError())
+            return
         task = self._tasks[outcome] = self._loop.create_task(_awaited(awaitable, outcome))
         task.add_done_callback(lambda _: self._tasks.pop(outcome, None))
 
-    def cancel(self, *outcomes: Future[Any]) -> None:
-        """Cancel what leads to the outcomes."""
-        with contextlib.suppress(RuntimeError):  # it has been closed
-            self._loop.call_soon_threadsafe(self._cancel, outcomes)
+    def cancel(self, outcome: Future[Any]) -> None:
+        """Cancel, once, what leads to an outcome."""
+        with self._lock:
+            if outcome in self._cancelled:
+                return
+            self._cancelled = [other for other in self._cancelled if not other.done()]
+            self._cancelled.append(outcome)
+            with contextlib.suppress(RuntimeError):  # it has been closed
+                self._loop.call_soon_threadsafe(self._cancel, outcome)
 
-    def _cancel(self, outcomes: Iterable[Future[Any]]) -> None:
-        for outcome in outcomes:
-            task = self._tasks.get(outcome)
-            if task is not None:
-                task.cancel()
+    def _cancel(self, outcome: Future[Any]) -> None:
+        task = self._tasks.get(outcome)
+        if task is not None:
+            task.cancel()
 
     def end(self) -> None:
         """End the thread; nothing waits for an outcome any more."""
@@ -150,18 +170,17 @@ class _CallbackLoop:
 
     def _run(self) -> None:
         _this_thread.is_loop = True
-        works = True
-        while works and not self._ending:
+        while self._works and not self._ending:
             try:
                 self._loop.run_forever()  # it returns where a callback stops it
             except BaseException as error:
                 # A SystemExit is of a task that a callback has made, and the loop can go on;
                 # anything else is the loop's own, such as a closed file descriptor.
                 if isinstance(error, Exception):
-                    self.usable = works = False
+                    self._works = False
                 self._fail(error)
         with self._lock:
-            self.usable = False
+            self._works = False
             self._fail(RuntimeError("its event loop was closed"))
             with contextlib.suppress(Exception):  # what it would close, a callback has closed
                 self._loop.close()
@@ -217,39 +236,46 @@ def check_given_up() -> None:
         call.check()
 
 
-def run_coroutine(awaitable: Awaitable[T]) -> T:
+class SharedLoop:
+    """A loop of this process, made at its first use and replaced when a callback has broken it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: _CallbackLoop | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[_CallbackLoop]:
+        """Provide the loop.
+
+        A hook that an async callback calls would wait for a loop that waits for it; its coroutines
+        get a loop of their own.
+        """
+        if getattr(_this_thread, "is_loop", False):
+            loop = _CallbackLoop()
+            try:
+                yield loop
+            finally:
+                loop.end()
+            return
+        with self._lock:
+            if self._loop is None or not self._loop.usable:
+                self._loop = _CallbackLoop()
+        yield self._loop
+
+
+_this_thread = threading.local()
+_callbacks_loop = SharedLoop()
+
+
+def run_coroutine(awaitable: Awaitable[T], on: SharedLoop = _callbacks_loop) -> T:
     """Wait for an awaitable from synchronous code, also from inside a running event loop.
 
     It runs on one loop per process, so that a client opened in one hook still works in the next.
     """
     call = _running_call.get()
     if call is not None:
-        return call.wait_for(awaitable)
-    with _callback_loop() as loop:
-        return loop.start(awaitable).result()
-
-
-_this_thread = threading.local()
-_shared_lock = threading.Lock()
-_shared: _CallbackLoop | None = None
-
-
-@contextlib.contextmanager
-def _callback_loop() -> Iterator[_CallbackLoop]:
-    """Provide the loop of this process.
-
-    A hook that an async callback calls would wait for a loop that waits for it; its coroutines
-    get a loop of their own.
-    """
-    global _shared  # noqa: PLW0603 - one per process, replaced when a callback has broken it
-    if getattr(_this_thread, "is_loop", False):
-        loop = _CallbackLoop()
-        try:
-            yield loop
-        finally:
-            loop.end()
-        return
-    with _shared_lock:
-        if _shared is None or not _shared.usable:
-            _shared = _CallbackLoop()
-    yield _shared
+        return call.wait_for(awaitable, on)
+    outcome: Future[T] = Future()
+    with on.running() as loop:
+        loop.start(awaitable, outcome)
+        return outcome.result()

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
-from rayserve_hooks.core.masking import MASK, is_secret, redact, shown
+from rayserve_hooks.core.masking import is_secret, redact, shown
+from rayserve_hooks.core.secret_texts import MASK
 from rayserve_hooks.errors import did_you_mean
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ class Caller:
         progress_bar: Called with a description and the total in bytes; None for no bar.
     """
 
-    logger: logging.Logger = _logger
+    logger: logging.Logger | logging.LoggerAdapter[logging.Logger] = _logger
     label: str = ""
     check_cancelled: Callable[[], None] = lambda: None
     progress_bar: Callable[[str, int], ProgressBar] | None = None

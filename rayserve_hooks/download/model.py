@@ -21,7 +21,7 @@ from rayserve_hooks.download.extra_files import download_extra
 from rayserve_hooks.download.node_lock import node_lock
 from rayserve_hooks.download.store_errors import no_panics, shown
 from rayserve_hooks.download.stores import open_source
-from rayserve_hooks.errors import DownloadError, describe
+from rayserve_hooks.errors import DownloadError, describe, missing_download_extra
 
 # What a mode selects, and what it leaves out, as in Ray 2.60 (CloudFileSystem.download_model).
 _ALLOWED = {
@@ -109,7 +109,8 @@ def model_folder(model_id: str) -> Path:
     They are read now: a callback may have set them since the Hugging Face library was imported.
 
     Raises:
-        DownloadError: The id is too long for a folder's name.
+        DownloadError: The id is too long for a folder's name, or the package is missing whose
+            settings name the folder.
     """
     name = f"models--{model_id.replace('/', '--')}"
     if len(os.fsencode(name)) > _NAME_BYTES:
@@ -117,12 +118,13 @@ def model_folder(model_id: str) -> Path:
             f"the model id {model_id!r} is too long to name a folder: with 'models--' it has "
             f"{len(os.fsencode(name))} bytes, and at most {_NAME_BYTES} are possible; shorten it"
         )
-    return _hub_cache() / name
+    try:
+        return _hub_cache() / name
+    except ImportError as error:
+        raise DownloadError(missing_download_extra(f"downloading {model_id!r}", error)) from error
 
 
 def _hub_cache() -> Path:
-    from huggingface_hub import constants
-
     for variable, below in (
         ("HF_HUB_CACHE", ""),
         ("HUGGINGFACE_HUB_CACHE", ""),
@@ -131,6 +133,8 @@ def _hub_cache() -> Path:
     ):
         if folder := os.environ.get(variable):
             return Path(os.path.expandvars(folder)).expanduser() / below
+    from huggingface_hub import constants
+
     return Path(constants.HF_HUB_CACHE)
 
 
@@ -145,10 +149,7 @@ def _download_from_hub(model_id: str, mode: NodeModelDownloadable, caller: Calle
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
-        raise DownloadError(
-            f"downloading {model_id!r} needs the package 'huggingface_hub'; install "
-            "'rayserve_hooks[download]' on every node"
-        ) from error
+        raise DownloadError(missing_download_extra(f"downloading {model_id!r}", error)) from error
     allowed, ignored = _ALLOWED.get(mode), _IGNORED.get(mode)
     purpose = f"{mode.name} of the Hugging Face Hub"
     folder = model_folder(model_id)

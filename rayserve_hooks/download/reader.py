@@ -138,6 +138,7 @@ class _Wire(io.RawIOBase):
         # two. Set for a body of known length, so that it never waits for what is not to come.
         self.fills = False
         self._can_fill = sock.gettimeout() is None
+        self._longest_s = sock.gettimeout() or _POLL_S
         self._waited, self._received = 0.0, 0
 
     def readable(self) -> bool:
@@ -152,8 +153,9 @@ class _Wire(io.RawIOBase):
                 flags = socket.MSG_WAITALL
             with contextlib.suppress(TimeoutError, BlockingIOError):
                 count = self._sock.recv_into(buffer, 0, flags)
-            # The time in which the reader is busy elsewhere is not the sender's.
-            self._waited += time.monotonic() - before
+            # The time in which the reader is busy elsewhere is not the sender's, nor is that by
+            # which a read is longer than its timeout: the machine was too busy for this thread.
+            self._waited += min(time.monotonic() - before, self._longest_s)
             self._received += count or 0
             if self._stopped.is_set():
                 raise AnswerError("the download has ended")
@@ -378,16 +380,16 @@ def parts_of(response: http.client.HTTPResponse, buffer: memoryview, size: int) 
     while size:
         room, filled = min(size, sent, len(buffer)), 0
         until = time.monotonic() + _PART_S
-        while filled < room and time.monotonic() < until:
+        while filled < room:
             if response.length is not None:
                 count = response.fp.readinto1(buffer[filled:room])
             else:  # in chunks
                 data = response.read1(room - filled)
                 count = len(data)
                 buffer[filled : filled + count] = data
-            if not count:
-                break
             filled += count
+            if not count or time.monotonic() > until:  # after a read: the thread may start late
+                break
         if not filled:
             raise AnswerError("the body ended early", tries=BREAKS)
         size, sent = size - filled, sent - filled

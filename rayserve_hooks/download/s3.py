@@ -73,6 +73,8 @@ class Client:
 
         with settings.without_empty_variables():
             session = botocore.session.Session()
+            data = _data_of_botocore(session.get_config_variable("data_path"))
+            session.register_component("data_loader", data)
             self._bundle = session.get_config_variable("ca_bundle")
             self._bundle_from = "AWS_CA_BUNDLE" if os.environ.get("AWS_CA_BUNDLE") else "ca_bundle"
             if not self._bundle:
@@ -170,8 +172,19 @@ class Client:
         return AWSResponse(request.url, status, dict(found.items()), _Body(body))
 
 
+@functools.cache
+def _data_of_botocore(search_path: str | None) -> Any:
+    """Return what reads botocore's data, and keeps it: five sixths of the time of making a client.
+
+    By default each session reads it anew.
+    """
+    from botocore.loaders import create_loader
+
+    return create_loader(search_path)
+
+
 def client_of(anonymous: bool) -> Client:
-    """Return the process's client for the settings as they are now; making one takes 0.1 s."""
+    """Return the process's client for the settings as they are now; the first takes 0.1 s."""
     key = (anonymous, os.getpid(), *settings.identity())
     with _making:
         if key not in _clients:

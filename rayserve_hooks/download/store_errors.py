@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+from rayserve_hooks.core.masking import redact
 from rayserve_hooks.errors import DownloadError, describe
 
 _CREDENTIALS = "check the credentials and whether they may list and read there"
@@ -164,28 +165,15 @@ def message_of(error: BaseException) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(without_secrets(text).split()).rstrip(".")
+    return redact(" ".join(_short_urls(text).split()).rstrip("."))
 
 
-def without_secrets(text: str) -> str:
-    """Remove what may hold secrets from a text: query strings, and passwords in URLs."""
+def _short_urls(text: str) -> str:
+    """Return a text whose URLs have neither query nor user: requests are long and all alike."""
     text = re.sub(r"(\w+://[^\s?]*?)(\?|%3[Ff])[^\s)>\"']*", r"\1", text)
     return re.sub(r"://[^/@\s]*:[^/@\s]*@", "://", text)
 
 
 def shown(uri: str) -> str:
-    """Return a URI as it may be logged: nothing that may be a secret, else as it is.
-
-    A ``?`` may be part of a key, so only the values of what looks like a query are masked.
-    """
-    scheme, separator, rest = uri.partition("://")
-    authority, slash, path = rest.partition("/")
-    if ":" in authority and "@" in authority:
-        authority = f"***@{authority.rpartition('@')[2]}"
-    elif ":" in authority and "@" in path and not authority.startswith("arn:"):
-        # A password with a slash.
-        authority, slash, path = "***@" + path.rpartition("@")[2], "", ""
-    rest = f"{authority}{slash}{path}"
-    head, mark, query = rest.partition("?")
-    query = re.sub(r"([?&;][^=&;?]*=)[^&;]*", r"\1***", mark + query)
-    return f"{scheme}{separator}{head}{query}"
+    """Return a URI as it may be logged: without user, password and what its query says."""
+    return redact(uri)

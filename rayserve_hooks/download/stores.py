@@ -19,7 +19,7 @@ from typing import TypeVar
 from rayserve_hooks.download import settings
 from rayserve_hooks.download.caller import STANDALONE, Caller
 from rayserve_hooks.download.store_errors import failure, native, shown
-from rayserve_hooks.errors import DownloadError
+from rayserve_hooks.errors import DownloadError, missing_download_extra
 
 STATE_FOLDER = ".rayserve_hooks"
 """Where this package keeps markers and partial files, in the folder it downloads to."""
@@ -33,6 +33,9 @@ _MOST_BYTES = 2**48
 _NAME_BYTES = 255
 _PATH_BYTES = 3072  # of the 4096 that Linux takes: the cache's folder is above
 _WAKE_S = 1.0
+# For what is no stall: the imports and the client's making, which take long on a busy machine, and
+# the back-off between a client's own tries, whose error says more. botocore's longest is 20 s.
+_GRACE_S = 30.0
 # Pages in a row without an object that was not in an earlier one.
 _IDLE_PAGES = 3
 _FORMS = (
@@ -220,7 +223,7 @@ class Source(abc.ABC):
         """Yield what another thread makes, so that one that hangs can be cancelled and left.
 
         Raises:
-            DownloadError: Nothing has come for four times the limit on a stall.
+            DownloadError: Nothing has come for four times the limit on a stall and half a minute.
         """
         yield from supervised(work, self.caller, what, self.stopped)
 
@@ -243,7 +246,7 @@ def supervised(
         except BaseException as error:  # raised again where it is waited for
             items.put(([], error))
 
-    limit_s = 4 * settings.stall_s()
+    limit_s = 4 * settings.stall_s() + _GRACE_S
     threading.Thread(target=run, name="rayserve_hooks-store", daemon=True).start()
     last = time.monotonic()
     try:
@@ -309,10 +312,7 @@ def open_source(uri: str, caller: Caller = STANDALONE) -> Source:
         # Credentials may be a request, too.
         (source,) = supervised(make, caller, what, threading.Event())
     except ImportError as error:
-        raise DownloadError(
-            f"downloading {shown(uri)} needs the package {(error.name or '').partition('.')[0]!r}; "
-            "install 'rayserve_hooks[download]' on every node"
-        ) from error
+        raise DownloadError(missing_download_extra(f"downloading {shown(uri)}", error)) from error
     except Exception as error:  # each client raises classes of its own
         raise failure(what, error, check="the URI and the credentials") from error
     return source

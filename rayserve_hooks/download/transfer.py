@@ -25,6 +25,7 @@ from rayserve_hooks.download.partials import (
     PartialFile,
     Span,
     plan,
+    range_length,
     segment_combine,
     segment_crc,
 )
@@ -34,12 +35,12 @@ from rayserve_hooks.errors import DownloadError
 
 # Threads, not an event loop: they need a third less time for the same bytes. A connection to S3
 # transfers about 90 MB/s, others less, and machines with more cores have faster networks: at
-# 20 MB/s per connection 64 take less than half of the time of 24, but 10 % more on two cores that
-# 24 keep busy. Still more would only wait for the GIL.
-STREAMS = min(64, 16 + 4 * (os.cpu_count() or 1))
+# 20 MB/s per connection 64 take less than half of the time of 24. Still more would only wait for
+# the GIL.
+STREAMS = min(64, 16 + 8 * (os.cpu_count() or 1))
 SMALL_BYTES = 2**18
 # Small files are dominated by latency: 20 to 30 ms each until their first byte.
-SMALL_STREAMS = 128
+SMALL_STREAMS = 160
 # Threads that write and publish small files: more would only wait for each other, for the GIL and
 # for the folder's lock; fewer would be slow if the cache is on a share.
 PUBLISHERS = 2
@@ -147,13 +148,15 @@ class _Transfer:
         self._damaged = []
         small = deque(partial for partial in partials if partial.file.size <= SMALL_BYTES)
         large = [partial for partial in partials if partial.file.size > SMALL_BYTES]
+        todo = sum(partial.file.size - partial.done_bytes for partial in large)
+        length = range_length(todo, STREAMS)
         spans: deque[tuple[PartialFile, Span | None]] = deque()
         for partial in large:
             # Submitted first, so that they are done while the ranges are being fetched.
             if self._heads.wanted(partial.file):
                 partial.head = self._head_pool.submit(self._heads.of, partial.file)
             # None instead of a range: the run that fetched them all was killed before it published.
-            missing = list(partial.missing())
+            missing = list(partial.missing(length))
             partial.left = len(missing)
             spans.extend((partial, span) for span in missing or (None,))
         with ThreadPoolExecutor(SMALL_STREAMS + STREAMS, "fetch") as pool:

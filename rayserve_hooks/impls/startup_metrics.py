@@ -1,6 +1,5 @@
 """Measure how long each phase of the node initialization took."""
 
-import logging
 import time
 from collections.abc import Generator
 from typing import Any
@@ -9,22 +8,24 @@ from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.arguments import checked_arguments
 from rayserve_hooks.hookspecs import hookimpl
 
-# A child of Ray Serve's logger: in a replica only that one is set up to write INFO lines to the
-# replica's own log file (ray.serve._private.logging_utils, Ray 2.60).
-logger = logging.getLogger("ray.serve.rayserve_hooks")
-
-METRIC = "rayserve_hooks_phase_seconds"
-_BOUNDARIES_S = [0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000]
+SECONDS = "rayserve_hooks_phase_seconds_total"
+RUNS = "rayserve_hooks_phase_runs_total"
 
 
 class StartupMetrics:
-    """Export the seconds of each phase as a Ray metric, and as one log line.
+    """Export the seconds of each phase as Ray metrics, and as one log line.
 
-    The metric is the histogram ``rayserve_hooks_phase_seconds`` with the tags ``model_id``,
-    ``phase`` and ``node`` (empty for phases of the replica). Ray's metrics agent serves it to
-    Prometheus with the prefix ``ray_``. It is no gauge because Ray drops a gauge that is set
-    once: its agent forgets a value that is not reported again within two report intervals
-    (``ray._private.telemetry.open_telemetry_metric_recorder``, Ray 2.60). Phases:
+    Two counters with the tags ``model_id``, ``phase`` and ``node`` (empty for phases of the
+    replica): ``rayserve_hooks_phase_seconds_total``, and ``rayserve_hooks_phase_runs_total``,
+    which is how often the phase has run; their quotient is the mean. Ray's metrics agent serves
+    both to Prometheus, with the prefix ``ray_``. A phase that took no time has not run, and is
+    not counted. A start has at most four series of each, and two more per node of its group.
+
+    They are counters because Ray's agent exports nothing else exactly (Ray 2.60). Of a histogram
+    it gets the buckets alone and makes a sum of their midpoints
+    (``record_histogram_aggregated_batch`` in
+    ``ray._private.telemetry.open_telemetry_metric_recorder``). It forgets a gauge that is not set
+    again within two report intervals (the same module). Phases:
 
     - ``before_init``: the ``on_before_init`` callbacks.
     - ``nodes``: from there until every node is ready, the placement group's wait included.
@@ -67,25 +68,26 @@ class StartupMetrics:
             seconds["before_download", node_result.node.id] = node_result.hook_s
             seconds["download", node_result.node.id] = node_result.download_s
         _export(ctx.llm_config.model_id, seconds)
+        ctx.log.info(
+            "start-up of %s: %s",
+            ctx.llm_config.model_id,
+            ", ".join(
+                f"{phase} {value:.3f} s" + (f" (node {node[:8]})" if node else "")
+                for (phase, node), value in seconds.items()
+            ),
+            extra={"seconds": round(seconds["total", ""], 6)},
+        )
         return result
 
 
 def _export(model_id: str, seconds: dict[tuple[str, str], float]) -> None:
-    from ray.util.metrics import Histogram
+    from ray.util.metrics import Counter
 
-    histogram = Histogram(
-        METRIC,
-        description="Seconds that a phase of the node initialization took.",
-        boundaries=_BOUNDARIES_S,
-        tag_keys=("model_id", "phase", "node"),
-    )
+    keys = ("model_id", "phase", "node")
+    total = Counter(SECONDS, "Seconds that a phase of the node initialization took.", keys)
+    runs = Counter(RUNS, "How often a phase of the node initialization has run.", keys)
     for (phase, node), value in seconds.items():
-        histogram.observe(value, tags={"model_id": model_id, "phase": phase, "node": node})
-    logger.info(
-        "start-up of %s: %s",
-        model_id,
-        ", ".join(
-            f"{phase} {value:.3f} s" + (f" (node {node[:8]})" if node else "")
-            for (phase, node), value in seconds.items()
-        ),
-    )
+        if value > 0:
+            tags = {"model_id": model_id, "phase": phase, "node": node}
+            total.inc(value, tags)
+            runs.inc(tags=tags)

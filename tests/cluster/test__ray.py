@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any
 
 import pytest
+from waiting import until
 
 from rayserve_hooks import NodeModelDownloadable
 from rayserve_hooks.cluster import _ray
@@ -175,10 +175,8 @@ def test_the_own_node_comes_first(ray_cluster: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_cluster_without_an_autoscaler_has_none(ray_cluster: Any) -> None:
-    deadline = time.monotonic() + 30
-    while _ray.autoscaler_runs() is None:  # Ray's monitor reports some seconds after the start
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    # Ray's monitor reports some seconds after the start.
+    until(lambda: _ray.autoscaler_runs() is not None)
     assert _ray.autoscaler_runs() is False
 
 

@@ -1,4 +1,4 @@
-"""`LLMConfig` with callbacks. It imports Ray Serve LLM, but starts no cluster."""
+"""`LLMConfig` with callbacks. It imports Ray Serve LLM; one test needs a cluster."""
 
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ def test_a_config_of_ray_that_names_a_ray_callback_is_a_list_of_one() -> None:
     from ray.serve.llm import LLMConfig
 
     class Foreign(CallbackBase):
-        pass
+        async def on_before_node_init(self) -> None:
+            pass
 
     config = LLMConfig(
         model_loading_config={"model_id": "m"},
@@ -405,3 +406,31 @@ def test_a_field_of_any_shape_is_a_validation_error(fields: dict[str, Any]) -> N
     with pytest.raises(ValidationError) as caught:
         make(model_id="m", **fields)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["callback", "callbacks"])
+def test_rays_own_config_refuses_what_the_readme_says(name: str) -> None:
+    from ray.serve.llm import LLMConfig
+
+    with pytest.raises(ValidationError) as caught:
+        LLMConfig.model_validate({"model_id": "tiny", name: ["startup_metrics"]})
+    assert {error["loc"][0]: error["msg"] for error in caught.value.errors()} == {
+        "model_loading_config": "Field required",
+        "model_id": "Extra inputs are not permitted",
+        name: "Extra inputs are not permitted",
+    }
+
+
+def test_ray_logs_the_environment_of_a_config_and_no_arguments_of_callbacks(
+    ray_cluster: Any,  # or Ray's builder starts one
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from ray.serve.llm import build_openai_app
+
+    callback = {"callback": Callback, "kwargs": {"token": "of-the-callback"}}
+    environment = {"env_vars": {"TOKEN": "of-the-environment"}}
+    build_openai_app(
+        {"llm_configs": [make(model_id="tiny", callbacks=[callback], runtime_env=environment)]}
+    )
+    assert "of-the-environment" in caplog.text
+    assert "of-the-callback" not in caplog.text

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import sys
-import time
+import threading
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster.download_stage import download_caller
-from rayserve_hooks.context import NodeModelDownloadable
+from rayserve_hooks.context import LOGGER_NAME, NodeModelDownloadable
 from rayserve_hooks.core import threads
-from rayserve_hooks.core.log import LOGGER_NAME
 from rayserve_hooks.download.model import Mirror, download_node
 
 MODEL = "org/tiny"
+FOREVER = 30  # no test waits so long unless it fails
 
 
 class Bar:
@@ -94,22 +96,24 @@ def test_the_label_is_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_cancelled_with_the_initialization() -> None:
-    cancelled: list[BaseException] = []
+    began = threading.Event()
+    said: concurrent.futures.Future[str] = concurrent.futures.Future()
 
     def work() -> None:
         caller = download_caller(MODEL)
-        try:
-            while True:
-                caller.check_cancelled()
-                time.sleep(0.001)
-        except asyncio.CancelledError as error:
-            cancelled.append(error)
-            raise
+        caller.check_cancelled()
+        began.set()
+        until(threads.given_up)
+        with pytest.raises(asyncio.CancelledError) as cancelled:
+            caller.check_cancelled()
+        said.set_result(str(cancelled.value))
 
     async def initialize() -> None:
-        async with asyncio.timeout(0.02):
-            await threads.run_in_thread(work)
+        working = asyncio.create_task(threads.run_in_thread(work))
+        assert await asyncio.to_thread(began.wait, FOREVER)
+        working.cancel()
+        await working
 
-    with pytest.raises(TimeoutError):
+    with pytest.raises(asyncio.CancelledError):
         asyncio.run(initialize())
-    assert [str(error) for error in cancelled] == ["this initialization was given up"]
+    assert said.result(FOREVER) == "this initialization was given up"

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import processes
 import pytest
 import requests
 import yaml
+from waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,12 +64,13 @@ LIFECYCLE = [
     ("replica", "on_before_init", "Fail", "warned"),
     ("replica", "on_before_init", "PlainAgain", "returned"),
     ("replica", "on_before_init", "Last", "returned"),
+    ("replica", "on_before_download", "mine", "returned"),
     ("replica", "on_before_download", "First", "returned"),
     ("replica", "on_before_download", "Plain", "returned"),
-    ("replica", "on_before_download", "mine", "returned"),
     ("replica", "on_before_download", "Rays", "returned"),
     ("replica", "on_before_download", "Fail", "returned"),
     ("replica", "on_before_download", "BringModel", "handled"),
+    ("replica", "on_before_download", "PlainAgain", "skipped"),
     ("replica", "on_after_init", "TraceWriter", "running"),  # it is the one that writes this
     ("replica", "on_after_init", "Wraps", "returned"),
     ("replica", "on_after_init", "Plain", "returned"),
@@ -155,15 +155,12 @@ def wait_until_running(name: str) -> None:
     """Poll, since Serve offers nothing to wait on for an application somebody else deploys."""
     from ray import serve
 
-    deadline = time.monotonic() + READY_S
-    while True:
+    def runs() -> bool:
         application = serve.status().applications.get(name)
-        if application is not None and application.status == "RUNNING":
-            return
-        failed = application is not None and application.status == "DEPLOY_FAILED"
-        assert not failed, application
-        assert time.monotonic() < deadline, application
-        time.sleep(0.5)
+        assert application is None or application.status != "DEPLOY_FAILED", application
+        return application is not None and application.status == "RUNNING"
+
+    until(runs, READY_S)
 
 
 def test_a_failing_callback_fails_the_deployment_by_name(
@@ -214,13 +211,3 @@ def test_two_worker_ranks(ray_cluster: Any, tiny_model: Path, tmp_path: Path) ->
     # vLLM refuses to start two ranks on CPU without the variable that the callback sets.
     serve.run(build_openai_app({"llm_configs": [config]}), name="ranks", route_prefix="/ranks")
     assert chat(f"http://127.0.0.1:{ray_cluster.http_port}/ranks", "hello").status_code == 200
-
-
-def test_the_quick_start() -> None:
-    script = ROOT / "examples" / "quick_start.py"
-    with processes.none_left():
-        done = subprocess.run(
-            [sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    assert done.returncode == 0, done.stderr
-    assert "on_before_init ['startup_metrics', 'MyCallback']" in done.stdout

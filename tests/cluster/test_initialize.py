@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import s3
 from plugins_for_tests import hook_log
+from waiting import until
 
 import rayserve_hooks
 from rayserve_hooks import CallbackCtx, Handled, HookError
@@ -145,10 +146,8 @@ def test_a_node_task_is_named_after_deployment_and_node(ray_cluster: Any) -> Non
 
     ctx = initialize(config(SPREAD, model_id="named"))
     name = f"rayserve_hooks:named:{ctx.nodes[ray_cluster.other_id].node.address}"
-    deadline = time.monotonic() + 30  # the dashboard hears of a task some time later
-    while not list_tasks(ray_cluster.dashboard, filters=[("name", "=", name)]):
-        assert time.monotonic() < deadline, list_tasks(ray_cluster.dashboard)
-        time.sleep(0.2)
+    # The dashboard hears of a task some time later.
+    until(lambda: list_tasks(ray_cluster.dashboard, filters=[("name", "=", name)]))
 
 
 def test_download_modes_count_per_node(ray_cluster: Any, store: s3.Server) -> None:
@@ -219,14 +218,20 @@ def test_handled_skips_nodes_and_sets_the_model(caplog: pytest.LogCaptureFixture
     ctx = initialize(llm_config)
     assert [(call.hook, call.callback, call.outcome) for call in ctx.trace] == [
         ("on_before_init", "TakeOver", "handled"),
+        ("on_before_init", "Last", "skipped"),
         ("on_after_init", "Last", "returned"),
     ]
     assert not ctx.nodes
     assert ctx.trace[0].reason == "it is baked into the image"
     assert "handled: it is baked into the image" in ctx.trace.table()
     assert re.search(
-        r"initialized tiny in .* s: 0 node\(s\), callbacks TakeOver, Last, handled by a callback: "
-        "it is baked into the image",
+        r"callback 'TakeOver' took over in on_before_init on node .*: it is baked into the image; "
+        r"skipped: the default download; on_before_init of 'Last'",
+        caplog.text,
+    )
+    assert re.search(
+        r"initialized tiny in .* s: 0 node\(s\), callbacks that ran: TakeOver, Last; skipped: "
+        "on_before_init of 'Last'",
         caplog.text,
     )
     engine: Any = llm_config.get_engine_config()
@@ -574,7 +579,7 @@ def test_a_variable_that_the_system_refuses_names_who_set_it() -> None:
 
 
 def test_a_log_line_says_what_is_still_running(
-    ray_cluster: Any, busy_log: pytest.LogCaptureFixture
+    ray_cluster: Any, busy_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import lifecycle_callbacks
 
@@ -583,19 +588,18 @@ def test_a_log_line_says_what_is_still_running(
         r"\(.*\), callback 'Block' for \d+ s"
     )
 
-    async def main() -> None:
-        lifecycle_callbacks.RELEASE.clear()
-        task = asyncio.create_task(
-            rayserve_hooks.initialize_node(config("lifecycle_callbacks:Block", model_id="running"))
-        )
-        while not re.search(pattern, busy_log.text) and not task.done():  # noqa: ASYNC110 - a log
-            await asyncio.sleep(0.05)
-        lifecycle_callbacks.RELEASE.set()
-        await task
+    def release(record: logging.LogRecord) -> bool:
+        if re.search(pattern, record.getMessage()):
+            lifecycle_callbacks.RELEASE.set()
+        return True
 
-    asyncio.run(main())
+    lifecycle_callbacks.RELEASE.clear()
+    monkeypatch.setattr(busy_log.handler, "filters", [release])
+    initialize(config("lifecycle_callbacks:Block", model_id="running"))
     assert re.search(pattern, busy_log.text), busy_log.text
-    assert re.search(r"initialized running in .* s: 1 node\(s\), callbacks Block", busy_log.text)
+    assert re.search(
+        r"initialized running in .* s: 1 node\(s\), callbacks that ran: Block", busy_log.text
+    )
 
 
 def test_replacing_the_group_this_process_runs_in_is_logged(ray_cluster: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -151,12 +152,36 @@ def test_it_says_of_each_call_that_it_begins_before_it_does(
     ]
 
 
-def test_a_call_does_not_wait_for_ever_for_a_replica_that_does_not_listen(
+def test_calls_wait_once_and_not_for_ever_for_a_replica_that_does_not_listen(
     request_of: Callable[..., NodeRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_actor, "_RECEIPT_S", 0.01)
-    reply = asyncio.run(NodeActor(request_of(OnNode), 1).initialize())
-    assert calls(reply.trace) == [("OnNode", "handled")]
+    monkeypatch.setattr(node_actor, "_RECEIPT_S", 0.5)
+    before = [{"callback": Before, "name": name} for name in "abcd"]
+    reply = asyncio.run(NodeActor(request_of(*before, OnNode), 1).initialize())
+    assert [outcome for _, outcome in calls(reply.trace)] == ["returned"] * 4 + ["handled"]
+    first, *later = [entry.duration_s or 0.0 for entry in reply.trace]
+    assert first > 0.5 > sum(later)
+
+
+def test_a_call_that_waits_for_the_replica_ends_with_a_stop(
+    request_of: Callable[..., NodeRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_actor, "_RECEIPT_S", FOREVER)
+    actor = NodeActor(request_of(OnNode), 1)
+
+    async def main() -> CleanUp:
+        initializing = asyncio.ensure_future(actor.initialize())
+        number = 0
+        while not (heard := await actor.status(number)).trace:
+            number = heard.number
+        await actor.stop()
+        with pytest.raises(asyncio.CancelledError):
+            await initializing
+        return await actor.clean_up(FIRST_FAILURE, [])
+
+    started = time.monotonic()
+    assert asyncio.run(main()).failures == []
+    assert time.monotonic() - started < FOREVER
 
 
 def test_one_that_fails_cleans_up_when_it_is_told_with_its_own_error(
@@ -224,6 +249,26 @@ def test_stopping_what_has_ended_or_never_began_is_nothing(
         return await actor.clean_up(FIRST_FAILURE, [])
 
     assert asyncio.run(main()).failures == []
+    assert SEEN == [FIRST_FAILURE]
+
+
+def test_a_status_that_is_asked_for_before_the_clean_up_begins_hears_of_it(
+    request_of: Callable[..., NodeRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_actor, "_RECEIPT_S", FOREVER)
+    actor = NodeActor(request_of(OnNode), 2)
+
+    async def main() -> list[NodeStatus]:
+        # Ray begins the calls of an actor with an event loop in any order.
+        asked = asyncio.ensure_future(actor.status(0))
+        await asyncio.sleep(0)
+        cleaning = asyncio.ensure_future(actor.clean_up(FIRST_FAILURE, ["OnNode"], followed=True))
+        statuses = [sent(await asyncio.wait_for(asked, FOREVER / 2))]
+        while not cleaning.done():
+            statuses.append(sent(await actor.status(statuses[-1].number)))
+        return statuses
+
+    assert heard_of(asyncio.run(main()))[0] == [("OnNode", "running")]
     assert SEEN == [FIRST_FAILURE]
 
 

@@ -85,6 +85,8 @@ def test_run_init_node_false_takes_over() -> None:
     ctx = initialize("ray_callbacks:TakesOver", "lifecycle_callbacks:Last")
     assert [(call.hook, call.callback, call.outcome) for call in ctx.trace] == [
         ("on_before_init", "TakesOver", "handled"),
+        ("on_before_init", "Last", "skipped"),
+        ("on_before_download", "TakesOver", "skipped"),
         ("on_after_init", "TakesOver", "returned"),
         ("on_after_init", "Last", "returned"),
     ]

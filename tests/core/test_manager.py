@@ -219,7 +219,7 @@ def test_every_kind_of_callback_is_called_and_traced(make: Make) -> None:
     manager, _, _ = registered(make)
     ctx = make_ctx()
     assert manager.hook.on_before_init(ctx=ctx) == Handled(reason=make.__name__)
-    assert ctx.trace[-1].callback == "a"
+    assert ("a", "handled") in outcomes(ctx)
 
 
 @every_kind
@@ -287,7 +287,7 @@ def test_an_impl_calls_the_instrumented_hook_and_leads_to_the_callbacks_own() ->
     (impl,) = (i for i in manager.hook.on_before_init.get_hookimpls() if i.plugin == callback)
     ctx = make_ctx()
     assert impl.function(ctx) == Handled(reason="Renamed")
-    assert outcomes(ctx) == [("a", "handled")]
+    assert outcomes(ctx)[0] == ("a", "handled")
     assert plugin.original(impl.function) == callback.prepare
     assert plugin.original(print) is None
 

@@ -7,7 +7,8 @@ import pytest
 from pydantic import SecretBytes, SecretStr
 
 from rayserve_hooks.context import NodeModelDownloadable
-from rayserve_hooks.core.masking import MASK, is_secret, redact, shown
+from rayserve_hooks.core.masking import is_secret, redact, shown
+from rayserve_hooks.core.secret_texts import MASK
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from plugins_for_tests import hook_log, make_ctx, make_manager
-from steps import Wrapping, call, step, wraps
+from steps import Wrapping, call, outcomes, step, wraps
 
 from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, NodeResult
 from rayserve_hooks.core.recorder import Recorder, changes_between, recorder_of, snapshot
@@ -64,7 +64,7 @@ def test_an_entry_of_a_running_callback_has_no_duration() -> None:
     assert seen == [("running", None)]
 
 
-def test_a_first_result_is_handled_and_ends_the_trace() -> None:
+def test_a_first_result_is_handled_and_the_rest_is_skipped() -> None:
     class Takes:
         def on_before_init(self, ctx: CallbackCtx) -> Handled:
             return Handled("/m")
@@ -74,7 +74,8 @@ def test_a_first_result_is_handled_and_ends_the_trace() -> None:
 
     ctx = make_ctx()
     make_manager(Takes, Never).hook.on_before_init(ctx=ctx)
-    assert [(entry.callback, entry.outcome) for entry in ctx.trace] == [("Takes", "handled")]
+    assert outcomes(ctx) == [("Takes", "handled"), ("Never", "skipped")]
+    assert (ctx.trace[1].reason, ctx.trace[1].duration_s) == ("'Takes' took over", 0.0)
 
 
 def set_nested(ctx: CallbackCtx) -> None:
@@ -471,10 +472,10 @@ def test_what_is_compared_is_bounded_whatever_a_context_holds() -> None:
     big = {"list": list(range(1_000_000)), "dicts": [{n: n} for n in range(20_000)]}
     ctx = make_ctx(custom_data={"small": [1], **big})
     idle = [step(f"idle{number}", hook="on_after_init") for number in range(100)]
-    started = time.perf_counter()
+    started = time.process_time()  # of this process, whatever else the machine does
     call(*idle, ctx=ctx, hook="on_after_init")
     run(ctx, *[lambda ctx: ctx.custom_data.update(new=object())] * 5)
-    assert time.perf_counter() - started < 1  # 3 s where a million items are compared
+    assert time.process_time() - started < 1  # 3 s where a million items are compared
 
 
 def test_of_a_large_container_its_length_and_identity_are_compared() -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from plugins_for_tests import hook_log, make_ctx, make_manager
 from steps import EXITS, ON_EXIT
+from waiting import until_async
 
 from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo
 from rayserve_hooks.core import running, threads
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.manager import PluginManager
+from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import HookError, Phase
 
 HERE = "on node n1 (10.0.0.1)"
@@ -207,7 +209,8 @@ def test_a_failed_background_task_ends_the_chain_and_the_other_tasks() -> None:
     ctx = make_ctx()
 
     async def main() -> None:
-        waiting, cleaned = [asyncio.Event(), asyncio.Event()], [asyncio.Event(), asyncio.Event()]
+        waiting = [asyncio.Event(), asyncio.Event()]
+        cleaned = [threading.Event(), threading.Event()]  # set in the callbacks' loop
 
         async def waits(number: int) -> None:
             waiting[number].set()
@@ -234,7 +237,7 @@ def test_a_failed_background_task_ends_the_chain_and_the_other_tasks() -> None:
         with pytest.raises(HookError, match="its background task 'fails' raised"):
             await before_init(make_manager(Waits, Never), ctx)
         for event in cleaned:
-            await asyncio.wait_for(event.wait(), FOREVER)
+            assert await asyncio.to_thread(event.wait, FOREVER)
 
     asyncio.run(main())
     assert [call[0] for call in calls(ctx)] == ["Waits"] * 3
@@ -243,7 +246,7 @@ def test_a_failed_background_task_ends_the_chain_and_the_other_tasks() -> None:
 @pytest.mark.usefixtures("_attentive")
 def test_a_failed_chain_ends_its_background_tasks() -> None:
     async def main() -> None:
-        waiting, cleaned = asyncio.Event(), asyncio.Event()
+        waiting, cleaned = asyncio.Event(), threading.Event()
 
         async def waits() -> None:
             waiting.set()
@@ -256,19 +259,19 @@ def test_a_failed_chain_ends_its_background_tasks() -> None:
             async def on_before_init(self, ctx: Any) -> None:
                 ctx.run_in_background(waits)
                 await waiting.wait()
-                await asyncio.sleep(2 * running._POLL_S)  # until the task has been noticed
+                await until_async(lambda: not recorder_of(ctx).background)  # it has been noticed
                 raise ValueError("boom")
 
         with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
             await before_init(make_manager(Fails), make_ctx())
-        await asyncio.wait_for(cleaned.wait(), FOREVER)
+        assert await asyncio.to_thread(cleaned.wait, FOREVER)
 
     asyncio.run(main())
 
 
 def test_a_task_that_was_started_right_before_the_failure_is_ended_too() -> None:
     async def main() -> None:
-        waiting, cleaned = asyncio.Event(), asyncio.Event()
+        waiting, cleaned = asyncio.Event(), threading.Event()
 
         async def waits() -> None:
             waiting.set()
@@ -285,7 +288,7 @@ def test_a_task_that_was_started_right_before_the_failure_is_ended_too() -> None
 
         with pytest.raises(HookError, match=r"callback 'Fails' failed .*: ValueError: boom;"):
             await before_init(make_manager(Fails), make_ctx())
-        await asyncio.wait_for(cleaned.wait(), 1)
+        assert await asyncio.to_thread(cleaned.wait, FOREVER)
 
     asyncio.run(main())
 
@@ -339,7 +342,7 @@ def test_a_background_task_that_raises_stop_iteration_fails_like_any_other() -> 
 
     async def main() -> None:
         work = before_init(make_manager(starts("A", takes_the_next)), make_ctx())
-        await asyncio.wait_for(work, 2)
+        await asyncio.wait_for(work, FOREVER)
 
     text = r"its background task 'takes_the_next' raised .*StopIteration"
     with pytest.raises(HookError, match=text):

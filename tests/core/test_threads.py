@@ -12,6 +12,7 @@ from plugins_for_tests import make_ctx, make_manager, run_script
 from steps import EXITS
 
 from rayserve_hooks.context import CallbackCtx, Handled
+from rayserve_hooks.core import threads
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.threads import EscapedError, ThreadCall, run_coroutine, run_in_thread
 from rayserve_hooks.errors import HookError
@@ -237,7 +238,7 @@ def test_a_callback_that_stops_its_loop_goes_on(call: Call) -> None:
     class Stops:
         async def on_before_init(self, ctx: CallbackCtx) -> Handled:
             asyncio.get_running_loop().stop()
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
             return Handled("/m")
 
     assert call(make_manager(Stops), "on_before_init", make_ctx()) == Handled("/m")
@@ -315,6 +316,55 @@ def test_a_chain_whose_wait_was_cancelled_starts_no_further_callback() -> None:
     assert not after.loops
     with pytest.raises(asyncio.CancelledError, match=GIVEN_UP):
         raise errors[0]
+
+
+def test_a_loop_that_may_be_blocked_is_used_by_no_other_call() -> None:
+    began, release = threading.Event(), threading.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def blocks() -> None:
+        began.set()
+        release.wait(10)
+
+    async def loop() -> None:
+        loops.append(asyncio.get_running_loop())
+
+    blocked = ThreadCall(lambda: run_coroutine(blocks()))
+    assert began.wait(10)
+    blocked.give_up()
+    ThreadCall(lambda: run_coroutine(loop())).future.result(5)
+    release.set()
+    with pytest.raises(asyncio.CancelledError, match=GIVEN_UP):
+        blocked.future.result(10)
+    ThreadCall(lambda: run_coroutine(loop())).future.result(5)
+    assert loops[0] is loops[1]
+
+
+def test_what_is_given_up_before_it_begins_never_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    async def begins() -> None:
+        begun.append("it")
+
+    start = threads._CallbackLoop.start
+
+    def given_up_meanwhile(loop: Any, awaitable: Any, outcome: Any) -> None:
+        call.give_up()
+        start(loop, awaitable, outcome)
+
+    made = threading.Event()
+
+    def waits() -> None:
+        assert made.wait(10)
+        run_coroutine(begins())
+
+    monkeypatch.setattr(threads._CallbackLoop, "start", given_up_meanwhile)
+    monkeypatch.setattr(threads, "_GIVE_UP_S", 60)
+    call = ThreadCall(waits)
+    made.set()
+    with pytest.raises(asyncio.CancelledError, match=GIVEN_UP):
+        call.future.result(10)
+    assert not begun
 
 
 def test_a_call_runs_in_a_daemon_thread_so_that_its_process_can_end() -> None:

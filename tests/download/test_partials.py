@@ -28,19 +28,30 @@ def planned(tmp_path: Path, *files: RemoteFile) -> list[partials.PartialFile]:
 
 def test_a_file_is_planned_in_ranges(tmp_path: Path) -> None:
     (partial,) = planned(tmp_path, remote())
-    assert list(partial.missing()) == [(0, 64), (64, 128), (128, 150)]
+    assert list(partial.missing(RANGE)) == [(0, 64), (64, 128), (128, 150)]
     assert partial.target == str(tmp_path / "snapshot" / "sub" / "weights")
     assert Path(partial.path).parent == tmp_path / "state"
 
 
+@pytest.mark.parametrize(
+    ("todo", "length"), [(0, 8), (64, 8), (256, 16), (257, 17), (512, 32), (10**6, 32)]
+)
+def test_ranges_are_long_but_keep_all_streams_busy(
+    todo: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partials, "RANGE_BYTES", 32)
+    monkeypatch.setattr(partials, "_LEAST_RANGE_BYTES", 8)
+    assert partials.range_length(todo, streams=16) == length
+
+
 def test_an_empty_file_has_no_range(tmp_path: Path) -> None:
     (partial,) = planned(tmp_path, remote(size=0))
-    assert list(partial.missing()) == []
+    assert list(partial.missing(RANGE)) == []
 
 
 def test_the_ranges_of_an_absurd_size_are_no_list(tmp_path: Path) -> None:
     (partial,) = planned(tmp_path, remote(size=10**15))
-    assert next(partial.missing()) == (0, 64)
+    assert next(partial.missing(RANGE)) == (0, 64)
 
 
 def test_the_smallest_file_comes_first(tmp_path: Path) -> None:
@@ -61,7 +72,7 @@ def written(tmp_path: Path, *offsets: int, length: int = 10) -> partials.Partial
 def test_what_is_written_is_not_missing_later(tmp_path: Path) -> None:
     written(tmp_path, 64, 74, 140)
     (again,) = planned(tmp_path, remote())
-    assert list(again.missing()) == [(0, 64), (84, 140)]
+    assert list(again.missing(RANGE)) == [(0, 64), (84, 140)]
     assert again.done_bytes == 30
     assert Path(again.path).read_bytes()[64:84] == CONTENT[64:84]
 
@@ -84,14 +95,14 @@ def test_a_third_run_knows_what_two_have_written(tmp_path: Path) -> None:
     second.write(0, memoryview(CONTENT)[:30])
     second.close()
     (third,) = planned(tmp_path, remote())
-    assert list(third.missing()) == [(40, 104), (104, 150)]
+    assert list(third.missing(RANGE)) == [(40, 104), (104, 150)]
 
 
 @pytest.mark.parametrize("other", [remote(version="2"), remote(size=151)])
 def test_another_version_starts_anew_and_removes_the_old(other: RemoteFile, tmp_path: Path) -> None:
     written(tmp_path, 0)
     (partial,) = planned(tmp_path, other)
-    assert len(list(partial.missing())) == 3
+    assert len(list(partial.missing(RANGE))) == 3
     assert list((tmp_path / "state").iterdir()) == []
 
 
@@ -107,7 +118,7 @@ def test_what_no_listing_has_any_more_is_removed(tmp_path: Path) -> None:
 def test_a_discarded_file_leaves_nothing(tmp_path: Path) -> None:
     partial = written(tmp_path, 0)
     partial.discard()
-    assert len(list(partial.missing())) == 3
+    assert len(list(partial.missing(RANGE))) == 3
     assert list((tmp_path / "state").iterdir()) == []
 
 
@@ -148,7 +159,7 @@ def test_what_the_disk_has_lost_is_fetched_again(
 ) -> None:
     damage(Path(written(tmp_path, 0, 64, 140).path))
     (again,) = planned(tmp_path, remote())
-    assert list(again.missing()) == missing
+    assert list(again.missing(RANGE)) == missing
     again.open()
     again.close()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pkgutil
 import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import moto_server
 import pytest
@@ -238,12 +240,36 @@ class TestBounds:
     ) -> None:
         source = open_source(uri)
         monkeypatch.setattr(stores, "_WAKE_S", 0.02)
+        monkeypatch.setattr(stores, "_GRACE_S", 0.0)
         monkeypatch.setattr(reader, "_POLL_S", 0.02)
         monkeypatch.setenv("RAYSERVE_HOOKS_STALL_S", "0.1")
         server.faults = [s3.Fault("silent")]
         with pytest.raises(DownloadError, match=rf"^cannot list {re.escape(uri)}: .*(came|within)"):
             source.list_files()
         source.close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "made"),
+    [
+        ("s3://bucket/tiny", "s3.S3Source"),
+        ("gs://anonymous@bucket/tiny", "other_stores.OtherSource"),
+    ],
+)
+def test_a_client_that_takes_long_to_make_is_no_stall(
+    uri: str, made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "_WAKE_S", 0.02)
+    monkeypatch.setenv("RAYSERVE_HOOKS_STALL_S", "0.01")
+    name = f"rayserve_hooks.download.{made}"
+    make = pkgutil.resolve_name(name)
+
+    def make_slowly(*arguments: Any) -> Any:
+        threading.Event().wait(0.2)  # as imports on a busy machine
+        return make(*arguments)
+
+    monkeypatch.setattr(name, make_slowly)
+    open_source(uri).close()
 
 
 def test_a_store_that_is_none_of_ours() -> None:

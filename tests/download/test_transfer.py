@@ -27,6 +27,7 @@ import pytest
 import s3
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from waiting import until
 
 from rayserve_hooks.context import NodeModelDownloadable
 from rayserve_hooks.download import (
@@ -649,6 +650,7 @@ class TestResume:
             resumed += 0 < missing < total
             server.forget()
             assert_complete(server, download())
+            server.settle()
             assert sum(server.sent.values()) == missing
         assert resumed >= 10
 
@@ -677,13 +679,11 @@ def missing_bytes(server: s3.Server) -> int:
 def kill_after(server: s3.Server, sent: int) -> None:
     process = PROCESSES.Process(target=child, args=(environment(),))
     process.start()
-    while sum(server.sent.values()) < sent and process.is_alive():
-        time.sleep(0.0005)
+    until(lambda: sum(server.sent.values()) >= sent or not process.is_alive(), every_s=0.0005)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    # The server's threads count what they were sending.
-    time.sleep(0.1)
+    server.settle()
 
 
 def environment() -> dict[str, str]:

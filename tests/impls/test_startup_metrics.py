@@ -1,10 +1,14 @@
-"""That Prometheus can scrape them is shown by the demo, whose run is a test."""
-
 from __future__ import annotations
 
 import asyncio
+import collections
+import json
 import logging
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +38,35 @@ def test_the_log_line_has_every_phase(ray_cluster: Any, caplog: pytest.LogCaptur
     )
 
 
+# The two ways in which Ray 2.60 brings a metric to its agent: OpenTelemetry, and OpenCensus before.
+@pytest.mark.ray
+@pytest.mark.parametrize("open_telemetry", ["1", "0"])
+def test_prometheus_scrapes_the_true_seconds(open_telemetry: str) -> None:
+    script = Path(__file__).parent.parent / "scraped_starts.py"
+    environment = {**os.environ, "RAY_enable_open_telemetry": open_telemetry}
+    done = subprocess.run(
+        [sys.executable, script], check=False, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout.splitlines()[-1])
+    true: collections.defaultdict[str, float] = collections.defaultdict(float)
+    for line in out["log"]:
+        for phase, seconds in re.findall(r"(\w+) (\d+\.\d{3}) s", line):
+            true[phase] += float(seconds)
+    scraped: dict[str, dict[str, float]] = {startup_metrics.SECONDS: {}, startup_metrics.RUNS: {}}
+    for sample in out["samples"]:
+        assert sample["type"] == "counter"
+        assert sample["model_id"] == "tiny"
+        assert sample["node"] == (out["node"] if sample["phase"] == "before_download" else "")
+        scraped[sample["name"].removeprefix("ray_")][sample["phase"]] = sample["value"]
+    seconds = scraped[startup_metrics.SECONDS]
+    assert true.pop("download") == 0.0  # it has not run
+    assert seconds == pytest.approx(true, abs=0.0011)  # two starts, each rounded in the log
+    assert seconds["before_init"] >= sum(start["on_before_init"] for start in out["traced"])
+    assert seconds["before_download"] >= sum(start["on_before_download"] for start in out["traced"])
+    assert scraped[startup_metrics.RUNS] == dict.fromkeys(seconds, 2.0)
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "text"),
     [
@@ -44,7 +77,3 @@ def test_the_log_line_has_every_phase(ray_cluster: Any, caplog: pytest.LogCaptur
 def test_it_takes_no_arguments(args: Any, kwargs: dict[str, Any], text: str) -> None:
     with pytest.raises(CallbackConfigError, match=f"StartupMetrics{text}$"):
         StartupMetrics(*args, **kwargs)
-
-
-def test_its_lines_reach_the_log_file_of_a_replica() -> None:
-    assert startup_metrics.logger.name.startswith("ray.serve.")

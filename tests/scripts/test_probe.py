@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import re
 import zipfile
@@ -12,9 +13,9 @@ from pathlib import Path
 import probe
 import pytest
 import ray_contract
-from probe import Installed, Ray, Wheel, feature_problems
+from probe import Found, Installed, Ray, Wheel, feature_problems
 from probe import probe as run_probe
-from ray_contract import NAMES, ORDERS, Feature, Name, Order
+from ray_contract import FEATURES, NAMES, ORDERS, SCHEMA, Feature, Name, Order
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "rayserve_hooks"
@@ -54,6 +55,13 @@ def test_the_installed_ray_has_the_features_of_its_minor() -> None:
     assert feature_problems(Ray(Installed(site_packages())), ray.__version__) == []
 
 
+# What a name of Ray that is an instance, or returns one, is made by.
+INSTANCES = {
+    "ray.get_runtime_context()": "ray.runtime_context.RuntimeContext",
+    "ray.util.client.ray": "ray.util.client.RayAPIStub",
+}
+
+
 def used_names() -> set[str]:
     """Return all names of Ray that the package imports, or reaches as ``ray.…``."""
     used = set()
@@ -63,9 +71,8 @@ def used_names() -> set[str]:
                 used |= {f"{node.module}.{alias.name}" for alias in node.names}
             elif isinstance(node, ast.Attribute):
                 text = ast.unparse(node)
-                text = text.replace(
-                    "ray.get_runtime_context()", "ray.runtime_context.RuntimeContext"
-                )
+                for instance, made_by in INSTANCES.items():
+                    text = text.replace(instance, made_by)
                 if re.fullmatch(r"ray(\.\w+)+", text):
                     used.add(text)
     # Such as ray.util of ray.util.get_node_ip_address.
@@ -82,8 +89,68 @@ def test_the_contract_names_all_that_is_imported_from_ray() -> None:
     assert missing == [], "add them to NAMES in scripts/ray_contract.py"
 
 
+def of_the_contract() -> set[str]:
+    """Return all members of Ray's classes of which the contract names one."""
+    ray = Ray(Installed(site_packages()))
+    owners = {Name(name.module, name.name.split(".")[0]) for name in NAMES if "." in name.name}
+    return {member for owner in owners for member in members(ray.find(owner))}
+
+
+def members(found: Found | None) -> Iterator[str]:
+    assert found is not None
+    assert isinstance(found.node, ast.ClassDef)
+    for node in found.node.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+
+
+# The files that handle objects of Ray's own classes.
+ADAPTERS = ("_ray.py", "ray_callback.py", "ray_instance.py", "slot.py")
+
+
+def said_in(*files: Path) -> set[str]:
+    """Return all attributes and strings."""
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    return {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+
+
+def test_the_contract_names_all_that_is_used_of_rays_objects() -> None:
+    said = said_in(*(PACKAGE / "cluster" / name for name in ADAPTERS))
+    named = {name.name.rpartition(".")[2] for name in NAMES}
+    missing = said & of_the_contract() - named - {"get"}  # of dicts, here
+    assert missing == set(), "add them to NAMES in scripts/ray_contract.py"
+
+
+def test_the_contract_names_nothing_that_is_not_used() -> None:
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    words = set(re.findall(r"\w+", text))
+    unused = [str(name) for name in NAMES if name.name.rpartition(".")[2] not in words]
+    assert unused == [], "remove them from NAMES in scripts/ray_contract.py"
+
+
 def test_the_contract_names_each_thing_once() -> None:
     assert len({str(name) for name in NAMES}) == len(NAMES)
+
+
+def test_the_contract_has_all_of_the_schema() -> None:
+    from rayserve_hooks.cluster import ray_schema
+
+    own = {
+        name
+        for name, value in vars(ray_schema).items()
+        if dataclasses.is_dataclass(value) and value.__module__ == ray_schema.__name__
+    }
+    assert {name for name in own if name[0] != "_"} == SCHEMA.keys()
+    named = {str(name) for name in NAMES} | {str(feature.of) for feature in FEATURES}
+    for ours, rays in SCHEMA.items():
+        for field in dataclasses.fields(getattr(ray_schema, ours)):
+            assert f"{rays}.{field.name}" in named
 
 
 MODULE = "ray/llm/base.py"

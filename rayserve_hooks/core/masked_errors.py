@@ -1,0 +1,137 @@
+"""Exceptions without the secrets that their texts, causes and contexts would show."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from rayserve_hooks.core.masking import Masker
+from rayserve_hooks.core.secret_texts import MASK, names_secret
+from rayserve_hooks.errors import RemoteCause, formatted, own_text, shortened
+
+_DEEPEST = 50  # of causes, groups and arguments; what is deeper is left out
+
+
+def masked(error: BaseException, *values: object) -> BaseException:
+    """Return an exception as it may be shown: itself, or a copy of it without secrets.
+
+    A copy has the type and the traceback, and so have its causes, contexts and the members of a
+    group. Where a copy cannot be made, or its text would not be the masked one, a `RemoteCause`
+    stands in. The exception itself stays as it is: a callback may hold it.
+
+    Args:
+        error: Whatever was raised.
+        *values: Where known secrets are; see `Masker`.
+    """
+    return _Copies(Masker(*values)).of(error) or RemoteCause(type(error).__name__)
+
+
+class _Copies:
+    """The copies of one exception and of all that it came from."""
+
+    def __init__(self, masker: Masker) -> None:
+        self._masker = masker
+        self._made: dict[int, BaseException | None] = {}
+
+    def of(self, error: BaseException | None, depth: int = 0) -> BaseException | None:
+        if error is None or depth > _DEEPEST:
+            return None
+        if id(error) not in self._made:
+            self._made[id(error)] = None  # for one that leads back to itself
+            self._made[id(error)] = self._masked(error, depth + 1)
+        return self._made[id(error)]
+
+    def _masked(self, error: BaseException, depth: int) -> BaseException:
+        cause, context = self.of(error.__cause__, depth), self.of(error.__context__, depth)
+        members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        text, frames = own_text(error), "".join(traceback.format_tb(error.__traceback__))
+        clean = self._masker.text(shortened(text))
+        clean_frames = self._masker.source(frames)
+        if (
+            (clean, clean_frames) == (text, frames)
+            and cause is error.__cause__
+            and context is error.__context__
+            and all(self.of(member, depth) is member for member in members)
+        ):
+            return error
+        copy = self._copy(error, clean, depth)
+        copy.__cause__, copy.__context__ = cause, context
+        copy.__suppress_context__ = error.__suppress_context__
+        if clean_frames == frames:
+            return copy.with_traceback(error.__traceback__)
+        # A line of its source code holds one.
+        copy.add_note(f"traceback, without secrets:\n{shortened(clean_frames)}")
+        return copy
+
+    def _copy(self, error: BaseException, clean: str, depth: int) -> BaseException:
+        def of_text(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (self._masker.text(shortened(str(error))),)
+
+        for change in (functools.partial(self._value, depth=depth), of_text):
+            # Any class can refuse in its own way, or exit.
+            with contextlib.suppress(BaseException):
+                copy = self._rebuilt(error, change, depth)
+                if own_text(copy) == clean:
+                    return copy
+        stand_in = RemoteCause(clean)
+        if isinstance(error, BaseExceptionGroup):
+            stand_in.add_note(self._masker.text(formatted(error, limit=0)))
+        return stand_in
+
+    def _rebuilt(
+        self, error: BaseException, change: Callable[[Any], Any], depth: int
+    ) -> BaseException:
+        """Return a copy with other arguments, without a call of the class's own constructor."""
+        cls = type(error)
+        builtin: Any = next(base for base in cls.__mro__ if base.__module__ == "builtins")
+        # Of an OSError these are more than its args.
+        args = change(tuple(builtin.__reduce__(error)[1]))
+        copy: BaseException = cls.__new__(cls, *args)
+        builtin.__init__(copy, *args)
+        if not isinstance(error, BaseExceptionGroup):
+            copy.args = change(error.args)
+        for name, value in vars(error).items():
+            copy.__dict__[name] = MASK if names_secret(name) else self._value(value, depth, False)
+        return copy
+
+    def _value(self, value: Any, depth: int, shown: bool = True) -> Any:
+        """Return what an exception holds, masked as its text is; what is ``shown``, of any type."""
+        kind = type(value)
+        if kind is str:
+            return self._masker.text(value)
+        if kind is bytes:
+            return self._masker.text(value.decode("latin-1")).encode("latin-1")
+        if kind is dict and depth < _DEEPEST:
+            return {
+                key: MASK if names_secret(key) else self._value(item, depth + 1, shown)
+                for key, item in value.items()
+            }
+        if kind in (list, tuple, set) and depth < _DEEPEST:
+            return kind(self._value(item, depth + 1, shown) for item in value)
+        if isinstance(value, BaseException):
+            return self.of(value, depth)
+        return self._described(value) if shown and kind not in _PLAIN else value
+
+    def _described(self, value: object) -> object:
+        texts = str(value), repr(value)
+        clean = tuple(map(self._masker.text, texts))
+        return value if clean == texts else _Described(*clean)
+
+
+_PLAIN = (int, bool, float, complex, type(None))
+
+
+class _Described:
+    """Stands for an argument whose texts show a secret."""
+
+    def __init__(self, text: str, representation: str) -> None:
+        self._text, self._representation = text, representation
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return self._representation

@@ -1,0 +1,246 @@
+"""Serve config files of every shape, read without Ray, and Ray's own verdict on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rayserve_hooks.cluster import ray_schema, serve_config
+from rayserve_hooks.errors import CallbackConfigError, Problems
+
+FIRST = {
+    "callback_class": "rayserve_hooks.HooksCallback",
+    "callback_kwargs": {"callbacks": ["startup_metrics"]},
+}
+KV: dict[str, Any] = {"engine_kwargs": {"kv_transfer_config": {"kv_connector": "NixlConnector"}}}
+
+
+def llm(model_id: str = "m", **fields: Any) -> dict[str, Any]:
+    return {"model_loading_config": {"model_id": model_id}, "callback_config": FIRST, **fields}
+
+
+def app(kind: str, name: str = "app", **args: Any) -> dict[str, Any]:
+    builder = f"ray.serve.llm:build_{kind}openai_app"
+    return {"name": name, "route_prefix": f"/{name}", "import_path": builder, "args": args}
+
+
+def read(folder: Path, loaded: object) -> serve_config.ServeConfig:
+    path = folder / "serve.yaml"
+    path.write_text(loaded if isinstance(loaded, str) else yaml.safe_dump(loaded))
+    problems = Problems()
+    found = serve_config.read(str(path), problems)
+    problems.raise_all()
+    return found
+
+
+def read_apps(folder: Path, *applications: object) -> serve_config.ServeConfig:
+    return read(folder, {"applications": list(applications)})
+
+
+@pytest.mark.parametrize(
+    ("application", "names"),
+    [
+        (app("", llm_configs=[llm("a"), llm("b")]), ["app/a", "app/b"]),
+        (app("dp_", llm_config=llm()), ["app/m"]),
+        (
+            app("pd_", prefill_config=llm(**KV), decode_config=llm(**KV)),
+            ["app/Prefill:m", "app/Decode:m"],
+        ),
+        (
+            app("", llm_configs=[llm(lora_config={"dynamic_lora_loading_path": "s3://b/l"})]),
+            ["app/m"],
+        ),
+        ({"import_path": "my_app:build", "args": {"llm_config": llm()}}, ["default/m"]),
+        (
+            {"import_path": "ray.serve.llm.build_dp_openai_app", "args": {"llm_config": llm()}},
+            ["default/m"],
+        ),
+    ],
+)
+def test_every_shape_is_read(application: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    found = read_apps(tmp_path, application)
+    assert [name for name, _ in found.stacks] == names
+    assert [entry.name for _, stack in found.stacks for entry in stack.entries] == [
+        "startup_metrics"
+    ] * len(names)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("dp_", ["llm_config"]), ("pd_", ["prefill_config", "decode_config"])]
+)
+def test_files_are_read_wherever_a_config_may_stand(
+    kind: str, keys: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "llm.yaml"
+    file.write_text(yaml.safe_dump(llm(**KV)))
+    assert len(read_apps(tmp_path, app(kind, **dict.fromkeys(keys, str(file)))).stacks) == len(keys)
+
+
+def test_several_applications_of_which_one_is_python(tmp_path: Path) -> None:
+    python = {"name": "web", "route_prefix": "/web", "import_path": "my_app:app"}
+    found = read_apps(tmp_path, app("", llm_configs=[llm()]), python)
+    assert [name for name, _ in found.stacks] == ["app/m"]
+    (unseen,) = found.unseen
+    assert unseen == (
+        "web: 'my_app:app' is Python, which is not run here; callbacks of an LLMConfig that is "
+        "made there are checked when it is made"
+    )
+
+
+@pytest.mark.parametrize(
+    ("loaded", "text"),
+    [
+        ("", "holds no mapping; name a Serve config file"),
+        ("a: 1\n---\nb: 2\n", "expected a single document"),
+        ({"applications": []}, "has no LLM config: looked in the args of each application for llm"),
+        ({"applications": [{"import_path": "my_app:app"}]}, "'my_app:app' is Python, which is not"),
+        ({"applications": [app("")]}, "app: args has no key 'llm_configs'; add it"),
+        ({"applications": [app("", llm_configs=[])]}, "app: llm_configs is []; add an LLM config"),
+        ({"applications": [app("", llm_config=llm())]}, "'llm_config'.*args"),
+        ({"applications": [app("dp_", llm_configs=[llm()])]}, "args has no key 'llm_config'"),
+        ({"applications": [app("pd_", prefill_config=llm(**KV))]}, "has no key 'decode_config'"),
+    ],
+)
+def test_no_llm_config_is_an_error(loaded: object, text: str, tmp_path: Path) -> None:
+    with pytest.raises(CallbackConfigError, match=text.replace("[", r"\[")):
+        read(tmp_path, loaded)
+
+
+def without_class(**settings: Any) -> dict[str, Any]:
+    return {"applications": [app("", llm_configs=[llm(callback_config=settings)])]}
+
+
+def with_llm(**fields: Any) -> dict[str, Any]:
+    return {"applications": [app("", llm_configs=[llm(**fields)])]}
+
+
+def with_app(**fields: Any) -> dict[str, Any]:
+    return {"applications": [{**app("", llm_configs=[llm()]), **fields}]}
+
+
+REFUSED = [  # by Ray, too
+    (with_llm(callbacks=["x"]), "app/m has unknown key 'callbacks', which belongs to callback_kw"),
+    (
+        with_llm(engine_kwarg={}),
+        "app/m has unknown key 'engine_kwarg'; did you mean 'engine_kwargs",
+    ),
+    (
+        with_llm(model_source="m"),
+        "'model_source', which belongs to model_loading_config of an LLM config",
+    ),
+    (with_llm(llm_engine="vllm"), "app/m: llm_engine is 'vllm'; use one of vLLM"),
+    (with_llm(engine_kwargs=None), "app/m: engine_kwargs is None; write a mapping"),
+    (with_llm(model_loading_config={"model_id": 3}), "model_id is 3; write a string"),
+    (with_llm(lora_config={"dynamic_lora_loading_path": "/x"}), "dynamic_lora_loading_path is '/x"),
+    (with_llm(engine_kwargs={"disable_log_stats": True}), "disable_log_stats is set; set log_eng"),
+    (with_llm(experimental_configs={"num_router_replicas": 1}), "write num_ingress_replicas"),
+    (
+        without_class(callback_clas="a:B"),
+        "callback_config has unknown key 'callback_clas'; did you",
+    ),
+    (without_class(**{**FIRST, "callback_kwargs": ["a:B"]}), "callback_kwargs is ['a:B']; write a"),
+    (
+        without_class(**{**FIRST, "callbacks": []}),
+        "callback_config has unknown key 'callbacks', whi",
+    ),
+    (with_app(import_path="my_app"), "app: import_path is 'my_app'"),
+    (with_app(args=[1]), "app: args is [1]; write a mapping"),
+    (with_app(name=""), "name is ''; write at least 1 characters"),
+    (with_app(port=1), "app has key 'port'; set it in http_options, for all applications"),
+    (with_app(args={"llm_configs": [llm(), llm()]}), "model_id 'm' is there more than once; give"),
+    ({**with_app(), "proxy_location": "everynode"}, "proxy_location is 'everynode'; use one of"),
+]
+RUNS_NOTHING = [  # Ray accepts it
+    (without_class(callback_kwargs=FIRST["callback_kwargs"]), "no key 'callback_class', and Ray's"),
+    (
+        with_app(callbacks=["x"]),
+        "app has unknown key 'callbacks', which belongs to callback_kwargs",
+    ),
+    (
+        {**with_app(), "application": []},
+        "has unknown key 'application'; did you mean 'applications",
+    ),
+    (
+        with_llm(placement_group_config={"bundle": []}),
+        "placement_group_config has unknown key 'bundle'; did you mean 'bundles'?",
+    ),
+]
+ACCEPTED = [
+    with_llm(),
+    {**with_app(), "x-common": 1},
+    with_app(unknown_of_a_later_ray=1),
+    with_llm(log_engine_metrics="no", accelerator_config={"kind": "cpu"}, server_cls=None),
+    with_llm(placement_group_config={"bundles": [{"CPU": 1}]}, runtime_env=None),
+]
+
+
+@pytest.mark.parametrize(("loaded", "text"), [*REFUSED, *RUNS_NOTHING])
+def test_what_ray_refuses_or_runs_nothing_of_is_an_error(
+    loaded: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CallbackConfigError) as caught:
+        read(tmp_path, loaded)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("loaded", ACCEPTED)
+def test_what_ray_accepts_is_read(loaded: dict[str, Any], tmp_path: Path) -> None:
+    assert read(tmp_path, loaded).stacks
+
+
+@pytest.mark.slow  # it imports Ray's own classes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_ray_comes_to_the_same_verdicts() -> None:
+    assert [accepted_by_ray(loaded) for loaded, _ in REFUSED] == [False] * len(REFUSED)
+    for loaded in [*ACCEPTED, *(loaded for loaded, _ in RUNS_NOTHING)]:
+        assert accepted_by_ray(loaded), loaded
+
+
+def accepted_by_ray(loaded: dict[str, Any]) -> bool:
+    from ray.serve.llm import LLMServingArgs
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        config = ServeDeploySchema.model_validate(loaded)
+        LLMServingArgs.model_validate(config.applications[0].args)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+@pytest.mark.slow  # it imports Ray's own classes
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_names_are_rays() -> None:
+    from ray.llm._internal.common.callbacks.base import CallbackConfig
+    from ray.llm._internal.common.placement import PlacementGroupConfig
+    from ray.llm._internal.serve.core.ingress.builder import LLMServingArgs
+    from ray.llm._internal.serve.serving_patterns.data_parallel.builder import DPOpenAiServingArgs
+    from ray.llm._internal.serve.serving_patterns.prefill_decode.builder import PDServingArgs
+    from ray.serve.llm import LLMConfig, LoraConfig, ModelLoadingConfig
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+    newer = {"ServeDeploy": {"tracing_config"}}  # since Ray 2.59; older ones ignore the key
+    pairs: list[tuple[type, Any]] = [
+        (ray_schema.ServeDeploy, ServeDeploySchema),
+        (ray_schema.Application, ServeApplicationSchema),
+        (ray_schema.OpenAIArgs, LLMServingArgs),
+        (ray_schema.DataParallelArgs, DPOpenAiServingArgs),
+        (ray_schema.PrefillDecodeArgs, PDServingArgs),
+        (ray_schema.LLMConfig, LLMConfig),
+        (ray_schema.ModelLoadingConfig, ModelLoadingConfig),
+        (ray_schema.LoraConfig, LoraConfig),
+        (ray_schema.PlacementGroupConfig, PlacementGroupConfig),
+    ]
+    for ours, rays in pairs:
+        known = set(rays.model_fields) - {"host", "port"}
+        assert names(ours) - known <= newer.get(ours.__name__, set()), ours
+        assert known <= names(ours), ours
+    assert names(ray_schema.CallbackConfig) == names(CallbackConfig)
+
+
+def names(cls: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
