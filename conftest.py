@@ -97,6 +97,15 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
 
 
 @pytest.fixture(autouse=True)
+def _log_reaches_caplog(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what Ray and vLLM, once imported, do to loggers: caplog's handler is the root's."""
+    if "caplog" in request.fixturenames:
+        for name in ("ray", "ray.serve"):
+            monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
 def _no_group_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Free the groups that a test made; Ray does it when the process ends that made them."""
     if "ray_cluster" not in request.fixturenames:

@@ -87,7 +87,7 @@ class StateByGetState(Writes):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.client: Any = asyncio.Lock()
-        self.lock: Any = __import__("threading").Lock()
+        self.lock: Any = (number for number in (1, 2))
 
     def __getstate__(self) -> Any:
         return {**self.__dict__, "lock": None}
@@ -302,14 +302,14 @@ class TakesArguments(Writes):
 
 class DoesNotPickle(Writes):
     async def on_before_node_init(self) -> None:
-        self.lock = __import__("threading").Lock()
+        self.opened = (number for number in (1, 2))
 
 
 class ContextDoesNotPickle(Writes):
     async def on_before_node_init(self) -> None:
-        self.ctx.lock = __import__("threading").Lock()  # type: ignore[attr-defined]
+        self.ctx.opened = (number for number in (1, 2))  # type: ignore[attr-defined]
 
 
 class DoesNotPickleAndIsNotNeeded(CallbackBase):
     async def on_before_node_init(self) -> None:
-        self.lock = __import__("threading").Lock()
+        self.opened = (number for number in (1, 2))

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 NOT_RUN = {
     ".venv/bin/ray stop": "it would end the clusters of other tests, too",
+    "make bench": "an hour of an idle machine, or its ratios are not true",
     "make test": "this is a part of it; .ci/run ends with it",
     "pip install '.[engine]'": "CUDA packages of 10 GB; 'ray[llm]' pins them",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import os
@@ -114,7 +113,7 @@ def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., An
 
 def _is_given_up(error: BaseException) -> bool:
     """Return whether an error is our cancellation of a call, and not one of the callback's own."""
-    return isinstance(error, asyncio.CancelledError) and threads.given_up()
+    return threads.is_cancelled(error) and threads.given_up()
 
 
 def _with_parameters_of(hook: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

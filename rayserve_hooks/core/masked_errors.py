@@ -48,7 +48,8 @@ class _Copies:
         cause, context = self.of(error.__cause__, depth), self.of(error.__context__, depth)
         members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
         text, frames = own_text(error), "".join(traceback.format_tb(error.__traceback__))
-        clean = self._masker.text(shortened(text))
+        short = shortened(text)
+        clean = self._masker.text(short)
         clean_frames = self._masker.source(frames)
         if (
             (clean, clean_frames) == (text, frames)
@@ -57,7 +58,7 @@ class _Copies:
             and all(self.of(member, depth) is member for member in members)
         ):
             return error
-        copy = self._copy(error, clean, depth)
+        copy = self._copy(error, clean, depth, cut=short != text)
         copy.__cause__, copy.__context__ = cause, context
         copy.__suppress_context__ = error.__suppress_context__
         if clean_frames == frames:
@@ -66,7 +67,7 @@ class _Copies:
         copy.add_note(f"traceback, without secrets:\n{shortened(clean_frames)}")
         return copy
 
-    def _copy(self, error: BaseException, clean: str, depth: int) -> BaseException:
+    def _copy(self, error: BaseException, clean: str, depth: int, cut: bool) -> BaseException:
         def of_text(args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (self._masker.text(shortened(str(error))),)
 
@@ -74,7 +75,11 @@ class _Copies:
             # Any class can refuse in its own way, or exit.
             with contextlib.suppress(BaseException):
                 copy = self._rebuilt(error, change, depth)
-                if own_text(copy) == clean:
+                text = own_text(copy)
+                if text == clean:
+                    return copy
+                # A long one is cut in its arguments, which is not where its whole text is cut.
+                if cut and len(text) < 2 * len(clean) and self._masker.text(text) == text:
                     return copy
         stand_in = RemoteCause(clean)
         if isinstance(error, BaseExceptionGroup):
@@ -101,9 +106,9 @@ class _Copies:
         """Return what an exception holds, masked as its text is; what is ``shown``, of any type."""
         kind = type(value)
         if kind is str:
-            return self._masker.text(value)
+            return self._masker.text(shortened(value))
         if kind is bytes:
-            return self._masker.text(value.decode("latin-1")).encode("latin-1")
+            return self._masker.text(shortened(value.decode("latin-1"))).encode("latin-1")
         if kind is dict and depth < _DEEPEST:
             return {
                 key: MASK if names_secret(key) else self._value(item, depth + 1, shown)
@@ -116,7 +121,7 @@ class _Copies:
         return self._described(value) if shown and kind not in _PLAIN else value
 
     def _described(self, value: object) -> object:
-        texts = str(value), repr(value)
+        texts = shortened(str(value)), shortened(repr(value))
         clean = tuple(map(self._masker.text, texts))
         return value if clean == texts else _Described(*clean)
 

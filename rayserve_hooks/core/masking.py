@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import itertools
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
@@ -31,6 +32,7 @@ _SHORTEST_LINE = 12
 _LONGEST_LOOKED_INTO = 20_000
 _MOST_VALUES = 100_000  # that are looked at for secrets
 
+_URL_BEFORE = re.compile(r"(?:://|%3A%2F%2F)\Z", re.IGNORECASE)
 _PLAIN = (int, bool, float, complex, type(None))
 _DEEPEST = 8  # what is deeper is beyond _LONGEST, or holds itself
 
@@ -184,6 +186,6 @@ def _in_text(text: str, secret: bool) -> Iterator[str]:
     for start, end in given_away(text[:_LONGEST_LOOKED_INTO]):
         found = text[start:end].replace("\\n", "\n").strip()
         # Of a URL's user and password also the password.
-        for part in {found, found.partition(":")[2] if "://" in text[:start] else found}:
+        for part in {found, found.partition(":")[2] if _URL_BEFORE.search(text[:start]) else found}:
             if len(part) >= _SHORTEST_SECRET:
                 yield part

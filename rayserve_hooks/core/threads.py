@@ -7,19 +7,23 @@ met in a chain is awaited on a loop for callbacks alone, while the chain's threa
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future
 from contextvars import ContextVar
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from rayserve_hooks.errors import describe
+
+# asyncio takes longer to import than all else here, and only what runs a coroutine needs it.
+if TYPE_CHECKING:
+    from rayserve_hooks.core.callback_loop import CallbackLoop
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,7 +51,7 @@ class ThreadCall(Generic[T]):
         self.future: Future[T] = Future()
         self.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         self._given_up: Future[None] = Future()
-        self._awaits: dict[Future[Any], _CallbackLoop] = {}  # outcomes that it waits for
+        self._awaits: dict[Future[Any], CallbackLoop] = {}  # outcomes that it waits for
         context = contextvars.copy_context()
         threading.Thread(
             target=context.run, args=(self._run, func), name="rayserve_hooks-call", daemon=True
@@ -65,7 +69,7 @@ class ThreadCall(Generic[T]):
 
         An asyncio future refuses a ``StopIteration``, and never ends.
         """
-        if isinstance(error, asyncio.CancelledError):
+        if is_cancelled(error):
             return self.given_up
         return isinstance(error, Exception) and not isinstance(error, StopIteration)
 
@@ -84,7 +88,9 @@ class ThreadCall(Generic[T]):
     def check(self) -> None:
         """Raise ``CancelledError`` if the call was given up, so that it starts nothing new."""
         if self.given_up:
-            raise asyncio.CancelledError("this initialization was given up")
+            from asyncio import CancelledError
+
+            raise CancelledError("this initialization was given up")
 
     def wait_for(self, awaitable: Awaitable[R], on: SharedLoop) -> R:
         """Await something of this call, from its thread."""
@@ -105,112 +111,10 @@ class ThreadCall(Generic[T]):
             return outcome.result()
 
 
-class _CallbackLoop:
-    """An event loop for callbacks, in a daemon thread.
-
-    One that a callback stops goes on.
-    """
-
-    def __init__(self) -> None:
-        self._works = True
-        self._cancelled: list[Future[Any]] = []
-        self._ending = False
-        self._loop = asyncio.new_event_loop()
-        self._lock = threading.Lock()
-        self._tasks: dict[Future[Any], asyncio.Task[None] | None] = {}  # by their outcome
-        threading.Thread(target=self._run, name="rayserve_hooks-aio", daemon=True).start()
-
-    @property
-    def usable(self) -> bool:
-        """False once a callback has broken it, and while one that was cancelled may block it."""
-        return self._works and all(outcome.done() for outcome in self._cancelled)
-
-    def start(self, awaitable: Awaitable[T], outcome: Future[T]) -> None:
-        """Start to await something, whose outcome is to be set.
-
-        What it raises is an outcome too: by itself a ``SystemExit`` would end the loop's thread.
-        """
-        with self._lock:
-            self._tasks[outcome] = None
-            try:
-                self._loop.call_soon_threadsafe(self._begin, awaitable, outcome)
-            except RuntimeError as error:  # it has been closed
-                _resolve(outcome, error=error)
-
-    def _begin(self, awaitable: Awaitable[T], outcome: Future[T]) -> None:
-        if outcome in self._cancelled:  # a task that has not begun would set no outcome
-            del self._tasks[outcome]
-            if inspect.iscoroutine(awaitable):
-                awaitable.close()
-            _resolve(outcome, error=asyncio.CancelledError())
-            return
-        task = self._tasks[outcome] = self._loop.create_task(_awaited(awaitable, outcome))
-        task.add_done_callback(lambda _: self._tasks.pop(outcome, None))
-
-    def cancel(self, outcome: Future[Any]) -> None:
-        """Cancel, once, what leads to an outcome."""
-        with self._lock:
-            if outcome in self._cancelled:
-                return
-            self._cancelled = [other for other in self._cancelled if not other.done()]
-            self._cancelled.append(outcome)
-            with contextlib.suppress(RuntimeError):  # it has been closed
-                self._loop.call_soon_threadsafe(self._cancel, outcome)
-
-    def _cancel(self, outcome: Future[Any]) -> None:
-        task = self._tasks.get(outcome)
-        if task is not None:
-            task.cancel()
-
-    def end(self) -> None:
-        """End the thread; nothing waits for an outcome any more."""
-        self._ending = True
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _run(self) -> None:
-        _this_thread.is_loop = True
-        while self._works and not self._ending:
-            try:
-                self._loop.run_forever()  # it returns where a callback stops it
-            except BaseException as error:
-                # A SystemExit is of a task that a callback has made, and the loop can go on;
-                # anything else is the loop's own, such as a closed file descriptor.
-                if isinstance(error, Exception):
-                    self._works = False
-                self._fail(error)
-        with self._lock:
-            self._works = False
-            self._fail(RuntimeError("its event loop was closed"))
-            with contextlib.suppress(Exception):  # what it would close, a callback has closed
-                self._loop.close()
-
-    def _fail(self, error: BaseException) -> None:
-        for outcome, task in list(self._tasks.items()):
-            _resolve(outcome, error=error)
-            if task is not None and not self._loop.is_closed():
-                task.cancel()
-
-
-async def _awaited(awaitable: Awaitable[T], outcome: Future[T]) -> None:
-    try:
-        _resolve(outcome, await awaitable)
-    except BaseException as error:
-        _resolve(outcome, error=error)
-
-
-def _resolve(
-    outcome: Future[Any], result: object = None, error: BaseException | None = None
-) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):  # the loop has failed before
-        if error is None:
-            outcome.set_result(result)
-        else:
-            outcome.set_exception(error)
-
-
 async def run_in_thread(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Run ``func`` in a thread, in which coroutines can be awaited by `run_coroutine`."""
+    import asyncio
+
     call = ThreadCall(functools.partial(func, *args, **kwargs))
     ended = asyncio.wrap_future(call.future)
     try:
@@ -221,6 +125,11 @@ async def run_in_thread(func: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
         ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         await asyncio.wait([ended], timeout=_GIVE_UP_S)  # for its coroutines to clean up
         raise
+
+
+def is_cancelled(error: BaseException) -> bool:
+    """Return whether an error is asyncio's cancellation, of which there is none without asyncio."""
+    return isinstance(error, getattr(sys.modules.get("asyncio"), "CancelledError", ()))
 
 
 def given_up() -> bool:
@@ -241,17 +150,19 @@ class SharedLoop:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._loop: _CallbackLoop | None = None
+        self._loop: CallbackLoop | None = None
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[_CallbackLoop]:
+    def running(self) -> Iterator[CallbackLoop]:
         """Provide the loop.
 
         A hook that an async callback calls would wait for a loop that waits for it; its coroutines
         get a loop of their own.
         """
-        if getattr(_this_thread, "is_loop", False):
-            loop = _CallbackLoop()
+        from rayserve_hooks.core.callback_loop import CallbackLoop, this_thread
+
+        if getattr(this_thread, "is_loop", False):
+            loop = CallbackLoop()
             try:
                 yield loop
             finally:
@@ -259,11 +170,10 @@ class SharedLoop:
             return
         with self._lock:
             if self._loop is None or not self._loop.usable:
-                self._loop = _CallbackLoop()
+                self._loop = CallbackLoop()
         yield self._loop
 
 
-_this_thread = threading.local()
 _callbacks_loop = SharedLoop()
 
 

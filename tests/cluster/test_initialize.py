@@ -209,7 +209,6 @@ def files_in(cache: Path) -> list[str]:
 
 
 def test_handled_skips_nodes_and_sets_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("ray.serve").propagate = True
     caplog.set_level(logging.INFO, "ray.serve")
     llm_config = config("lifecycle_callbacks:TakeOver", "lifecycle_callbacks:Plain")
     with pytest.raises(HookError, match="has no attribute 'seen'"):
@@ -262,7 +261,6 @@ def test_engine_arguments_reach_the_engine_and_its_front_end() -> None:
 
 
 def test_engine_arguments_come_back_from_other_nodes(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("ray.serve").propagate = True
     llm_config = config(
         SPREAD,
         setting("on_before_download", extra_init_kwargs={"seed": 1}),
@@ -280,7 +278,6 @@ def test_engine_arguments_come_back_from_other_nodes(caplog: pytest.LogCaptureFi
 def test_engine_arguments_that_differ_between_nodes_are_logged(
     ray_cluster: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("ray.serve").propagate = True
     ctx = initialize(config(SPREAD, "lifecycle_callbacks:SeedPerNode"))
     assert ctx.extra_init_kwargs == {"seed": 1}
     assert re.search(
@@ -351,7 +348,6 @@ def test_a_failure_on_another_node_names_it_and_keeps_the_cause(ray_cluster: Any
 
 
 def test_on_error_warn_goes_on(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("ray.serve").propagate = True
     fail = {
         "callback": "lifecycle_callbacks:Fail",
         "kwargs": {"hook": "on_before_init"},

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from rayserve_hooks.cluster import _ray, placement
-from rayserve_hooks.core.log import logger
 from rayserve_hooks.errors import PlacementError
 
 
@@ -59,10 +58,9 @@ def test_what_fits_is_let_through(asked: Any, cluster: dict[str, Any]) -> None:
 
 
 def test_with_an_autoscaler_it_warns(
-    cluster: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cluster: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     cluster["autoscaler"] = True
-    monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         placement.refuse_unplaceable(config([{"GPU": 1}]))
     assert "no node can hold bundle" in caplog.text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import re
 import tempfile
 import threading
@@ -172,7 +171,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_does_not_stop_is_killed_and_cleaned_up_after(
     ray_cluster: Any, third: Any, log: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("ray.serve").propagate = True
     begun = log.with_name("begun")
     with pytest.raises(
         HookError, match="callback 'fail_when_the_other_has_begun' failed"
@@ -198,7 +196,6 @@ def test_a_process_that_does_not_stop_is_killed_and_cleaned_up_after(
 def test_the_trace_after_a_failure_has_the_calls_of_all_nodes(
     ray_cluster: Any, third: Any, log: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("ray.serve").propagate = True
     begun = tmp_path / "begun"
     with pytest.raises(HookError):
         initialize(
@@ -357,7 +354,6 @@ def test_clean_up_errors_of_all_nodes_are_collected(
 def test_a_failure_after_the_nodes_are_ready_shows_each_call_once(
     third: Any, log: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("ray.serve").propagate = True
     fails = {"callback": "lifecycle_callbacks:Fail", "kwargs": {"hook": "on_after_init"}}
     with pytest.raises(HookError, match="no such bucket"):
         initialize(config(log, fails, resources=["third"]))

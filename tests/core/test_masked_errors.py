@@ -107,3 +107,27 @@ def test_an_error_that_leads_to_itself_ends() -> None:
     error, other = ValueError(SECRET), KeyError("x")
     error.__context__, other.__context__ = other, error
     assert SECRET not in "".join(traceback.format_exception(masked(error, KNOWN)))
+
+
+LONG = f"{SECRET} {'word ' * 20_000}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(LONG),
+        ValueError(f"{'word ' * 20_000} {SECRET}"),
+        OSError(5, LONG),
+        OfTwoError(1, LONG),
+        OwnTextError(LONG),
+        RuntimeError(LONG.encode()),
+        RuntimeError({"body": [LONG]}),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_long_one_is_cut_and_keeps_its_type(error: Exception) -> None:
+    copy = masked(error, KNOWN)
+    assert type(copy) is type(error)
+    assert "characters left out" in str(copy)
+    assert SECRET not in str(copy)
+    assert len(str(copy)) < 25_000

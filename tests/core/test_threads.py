@@ -12,7 +12,7 @@ from plugins_for_tests import make_ctx, make_manager, run_script
 from steps import EXITS
 
 from rayserve_hooks.context import CallbackCtx, Handled
-from rayserve_hooks.core import threads
+from rayserve_hooks.core import callback_loop, threads
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.threads import EscapedError, ThreadCall, run_coroutine, run_in_thread
 from rayserve_hooks.errors import HookError
@@ -346,7 +346,7 @@ def test_what_is_given_up_before_it_begins_never_does(monkeypatch: pytest.Monkey
     async def begins() -> None:
         begun.append("it")
 
-    start = threads._CallbackLoop.start
+    start = callback_loop.CallbackLoop.start
 
     def given_up_meanwhile(loop: Any, awaitable: Any, outcome: Any) -> None:
         call.give_up()
@@ -358,7 +358,7 @@ def test_what_is_given_up_before_it_begins_never_does(monkeypatch: pytest.Monkey
         assert made.wait(10)
         run_coroutine(begins())
 
-    monkeypatch.setattr(threads._CallbackLoop, "start", given_up_meanwhile)
+    monkeypatch.setattr(callback_loop.CallbackLoop, "start", given_up_meanwhile)
     monkeypatch.setattr(threads, "_GIVE_UP_S", 60)
     call = ThreadCall(waits)
     made.set()

@@ -21,7 +21,7 @@ from rayserve_hooks.impls.startup_metrics import StartupMetrics
 
 @pytest.mark.ray
 def test_the_log_line_has_every_phase(ray_cluster: Any, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("ray.serve").propagate = True
+    caplog.set_level(logging.INFO, "ray.serve")
     config = rayserve_hooks.LLMConfig(
         model_id="tiny",
         callbacks=["startup_metrics"],
