@@ -38,7 +38,6 @@ GROUPS = {
         "tests/cluster/test_config.py",
         "tests/cluster/test_ray_callback.py",
         "tests/cluster/test_serve_config.py",
-        "tests/cluster/test_side_by_side.py",
         "tests/cluster/test_slot.py",
         "tests/cluster/test_versions.py",
     ),
@@ -288,9 +287,10 @@ tested; `RAYSERVE_HOOKS_ANY_RAY=1` tries it all the same. A replica only warns.
 
 ## What differs between the minors
 
-What this package stands on in Ray has the same name, place and signature in all minors since 2.51:
-`make probe` reads the wheel of each one and says which name has moved, and where to. These features
-came and went; the code looks for the feature, not for the version:
+What this package stands on in Ray has the same name, place and signature in all minors of the
+table: `make probe` reads the wheels of these, of older and of newer ones, and says which name has
+moved, and where to. These features came and went; the code looks for the feature, not for the
+version:
 
 {features}
 """

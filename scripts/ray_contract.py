@@ -1,6 +1,6 @@
 """What this package stands on in Ray, name by name; `probe.py` looks whether a Ray has it.
 
-Public names are among it: they move, too. The whole list was read in Ray 2.51 to 2.60.
+Public names are among it: they move, too. All tested minors have all of it.
 """
 
 from __future__ import annotations
