@@ -16,7 +16,7 @@ TESTS = ROOT / "tests"
 # Callbacks of the examples and the tests are named by string, here and in Ray's processes, which
 # also import the test modules whose classes they get.
 FOLDERS = [str(folder) for folder in (EXAMPLES, TESTS, TESTS / "cluster")]
-sys.path[:0] = FOLDERS
+sys.path[:0] = [*FOLDERS, str(ROOT / "scripts")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH")]))
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 # By default Serve gives up a proxy that takes five seconds to start, as on a busy machine.

@@ -68,12 +68,12 @@ class Problems:
             raise CallbackConfigError(*texts) from self._errors[0]
 
 
+class InstallationError(HooksError, ImportError):
+    """Ray, vLLM or a package that they need is missing, untested, or does not fit the others."""
+
+
 class DownloadError(HooksError, RuntimeError):
     """The default download of a node failed, or what it left is not a model."""
-
-
-class MissingExtraError(HooksError, ImportError):
-    """Packages are not installed that an extra of this distribution brings."""
 
 
 def missing_extra(what: str, packages: Sequence[str], install: str) -> str:
@@ -220,17 +220,23 @@ def formatted(error: BaseException, limit: int | None = None) -> str:
     those of its own errors, say nothing to whoever wrote the callback.
     """
     report = traceback.TracebackException.from_exception(error, limit=limit)
-    for part in _parts(report):
-        part.stack[:] = _frames_of_others(part.stack, part.exc_type)
+    for part, shown in _parts(report, error):
+        part.stack[:] = _frames_of_others(part.stack, type(shown))
     return shortened("".join(report.format()))
 
 
-def _parts(report: traceback.TracebackException | None) -> Iterator[traceback.TracebackException]:
-    waiting = [report]
+def _parts(
+    report: traceback.TracebackException, error: BaseException
+) -> Iterator[tuple[traceback.TracebackException, BaseException]]:
+    """Yield the parts of a report, each with its exception: since Python 3.13 none has its type."""
+    waiting: list[tuple[Any, Any]] = [(report, error)]
     while waiting:
-        if part := waiting.pop():
-            yield part
-            waiting += [part.__cause__, part.__context__, *(part.exceptions or ())]
+        part, of = waiting.pop()
+        if part is not None:
+            yield part, of
+            waiting += [(part.__cause__, of.__cause__), (part.__context__, of.__context__)]
+            if part.exceptions:
+                waiting += zip(part.exceptions, of.exceptions, strict=True)
 
 
 _OURS = str(Path(__file__).parent)
@@ -240,15 +246,14 @@ _LEADING = re.compile(
 
 
 def _frames_of_others(
-    stack: traceback.StackSummary, kind: type[BaseException] | None
+    stack: traceback.StackSummary, kind: type[BaseException]
 ) -> list[traceback.FrameSummary]:
     """Return a stack without its first frames, up to the first one of others.
 
     Where there is none, an error of another kind than ours is a mistake of ours, and all stay.
     """
     rest = list(itertools.dropwhile(lambda frame: _LEADING.match(frame.filename), stack))
-    ours = kind is not None and issubclass(kind, HooksError)
-    return rest if rest or ours else list(stack)
+    return rest if rest or issubclass(kind, HooksError) else list(stack)
 
 
 def shortened(text: str) -> str:

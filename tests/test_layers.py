@@ -306,7 +306,9 @@ def _private_rule(name: str, module: Module) -> str:
     pluggys = name in PLUGGY_PRIVATE | MARKS or (below(name, "pluggy") and "._" in name)
     if pluggys and module.name not in PLUGGY_INSIDE:
         return "pluggy's private attributes are used in core/_pluggy.py only"
-    rays = re.fullmatch(r"ray(\.\w+)*\._[\w.]*(:\w+)?", name) or below(name, "ray.serve.context")
+    rays = re.fullmatch(r"ray(\.\w+)*\._(?!_version__)[\w.]*(:\w+)?", name) or below(
+        name, "ray.serve.context"
+    )
     if rays and module.name not in RAY_INSIDE:
         return "Ray's internals are used in cluster/_ray.py only"
     return ""

@@ -1,74 +1,48 @@
 """The one place that touches Ray's internal parts; `tests/cluster/test__ray.py` watches them.
 
 Importing this module does not import Ray: node processes and the driver must stay light, and each
-function imports what it needs. Everything here was read in Ray 2.60.
+function imports what it needs. Everything here was read in Ray 2.60; where another minor differs,
+the feature is probed for, and a comment says in which minor it came.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Any
 
+from rayserve_hooks.cluster.versions import check_ray, imports_explained
 from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
-from rayserve_hooks.errors import MissingExtraError, missing_extra
 
 if TYPE_CHECKING:
     from ray.llm._internal.common.callbacks.base import CallbackBase as CallbackBase  # noqa: PLC0414 - for mypy it is exported so
     from ray.llm._internal.common.callbacks.base import CallbackConfig
-    from ray.serve.llm import LLMConfig
+    from ray.serve.llm import LLMConfig as LLMConfig  # noqa: PLC0414 - as above
     from ray.util.placement_group import PlacementGroup
 
     from rayserve_hooks.core.stack import CallbackStack
     from rayserve_hooks.download.model import Mirror
 
-# What ``import ray.serve.llm`` needs beside ``ray[serve]``.
-ENGINE_PACKAGES = ("jsonref", "pandas", "pyarrow", "typer", "vllm")
 HOOKS_CALLBACK = "rayserve_hooks.HooksCallback"
 _SLOT = "rayserve_hooks.cluster.slot"
 _CALLBACK_BASE = ("ray.llm._internal.common.callbacks.base", "CallbackBase")
 
 
 def __getattr__(name: str) -> Any:
-    # The class that the adapter subclasses; Ray exports it nowhere.
-    if name != "CallbackBase":
+    # The classes that this package subclasses: where Ray and vLLM are needed first.
+    if name not in ("CallbackBase", "LLMConfig"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _rays_own_class()
+    if name == "CallbackBase":
+        return _rays_own_class()
+    check_ray()
+    with imports_explained():
+        from ray.serve.llm import LLMConfig
 
-
-@contextlib.contextmanager
-def needs_engine(what: str) -> Iterator[None]:
-    """Name the extra where the block imports ``ray.serve.llm`` and what that needs is missing.
-
-    Ray names one missing package at a time, and those that only ``ray[llm]`` brings not as such.
-
-    Args:
-        what: What needs it.
-
-    Raises:
-        MissingExtraError: Packages of the engine are not installed.
-    """
-    try:
-        yield
-    except ImportError as error:
-        absent = [name for name in ENGINE_PACKAGES if _is_absent(name)]
-        if not absent:  # something is installed and broken, which Ray and Python say better
-            raise
-        install = "'rayserve_hooks[engine]', or 'rayserve_hooks[engine-cpu]' where no GPU is"
-        raise MissingExtraError(missing_extra(what, absent, install)) from error
-
-
-def _is_absent(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is None
-    except (ImportError, ValueError):  # somebody hides it
-        return True
+        return LLMConfig
 
 
 def runs_hooks(named: str | type) -> bool:
@@ -117,9 +91,11 @@ def does_nothing(cls: type) -> bool:
 
 
 def _rays_own_class() -> type[CallbackBase]:
-    from ray.llm._internal.common.callbacks.base import CallbackBase
+    check_ray()
+    with imports_explained():
+        from ray.llm._internal.common.callbacks.base import CallbackBase  # exported nowhere
 
-    return CallbackBase
+        return CallbackBase
 
 
 def download_mode_of_ray(mode: NodeModelDownloadable) -> Any:
@@ -160,7 +136,8 @@ def _engine(config: LLMConfig) -> Any:
     """Return the engine's part of a config. Ray annotates it as optional, but it never is."""
     # Ours checks there what Serve is about to reserve, which is not what is being done here.
     unchecked = getattr(type(config), "unchecked_engine_config", None)
-    return unchecked(config) if unchecked else config.get_engine_config()
+    with imports_explained():
+        return unchecked(config) if unchecked else config.get_engine_config()
 
 
 def default_download_mode(config: LLMConfig) -> NodeModelDownloadable:
@@ -239,13 +216,41 @@ def create_default_placement_group(config: LLMConfig) -> PlacementGroup:
 def model_source(config: LLMConfig) -> tuple[str, Mirror | None]:
     """Return the engine's model id or path, and the bucket it is mirrored in, if any."""
     engine = _engine(config)
-    mirror = engine.mirror_config
+    model_id, mirror = engine.actual_hf_model_id, engine.mirror_config
     if mirror is None:
-        return engine.actual_hf_model_id, None
+        return _mirror_of_uri(config, model_id)
     from rayserve_hooks.download.model import Mirror
 
     extra = tuple((file.bucket_uri, file.destination_path) for file in mirror.extra_files)
-    return engine.actual_hf_model_id, Mirror(mirror.bucket_uri, extra)
+    return model_id, Mirror(mirror.bucket_uri, extra)
+
+
+def _mirror_of_uri(config: LLMConfig, model_id: str) -> tuple[str, Mirror | None]:
+    """Make a mirror of a ``model_source`` that is a URI, as Ray's engine config does since 2.57.
+
+    Before, the URI is the engine's model id, and only Ray's own download knows it for a mirror.
+    """
+    from ray.llm._internal.common.utils.cloud_utils import is_remote_path
+
+    loading: Any = config.model_loading_config  # Ray annotates it as a dict, too, but reads none
+    if model_id != loading.model_source or not is_remote_path(model_id):
+        return model_id, None
+    from rayserve_hooks.download.model import Mirror
+
+    return config.model_id, Mirror(model_id)
+
+
+def stream_from_mirror(config: LLMConfig) -> None:
+    """Make an engine that streams the weights, and has no path of its own, read the mirror.
+
+    Ray itself does since 2.59 (``_resolve_hf_model_id_from_mirror``). Before, the engine gets the
+    model's id, which names nothing in a store; a URI as ``model_source`` before 2.57 excepted.
+    """
+    engine = _engine(config)
+    mirror = engine.mirror_config
+    streams = default_download_mode(config) is NodeModelDownloadable.NONE
+    if streams and mirror and mirror.bucket_uri and engine.actual_hf_model_id == config.model_id:
+        set_model_path(config, mirror.bucket_uri)
 
 
 def set_model_path(config: LLMConfig, path: str) -> None:

@@ -13,9 +13,9 @@ from pydantic import (
     field_serializer,
     model_validator,
 )
-from ray import cloudpickle
 
 from rayserve_hooks.cluster import _ray
+from rayserve_hooks.cluster._ray import LLMConfig as RayLLMConfig
 from rayserve_hooks.cluster.placement import refuse_unplaceable
 from rayserve_hooks.cluster.stacks import parse
 from rayserve_hooks.core.inspection import is_a
@@ -23,9 +23,6 @@ from rayserve_hooks.core.manager import manager_of
 from rayserve_hooks.core.masking import shown
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, Problems
-
-with _ray.needs_engine("rayserve_hooks.LLMConfig"):
-    from ray.serve.llm import LLMConfig as RayLLMConfig
 
 
 class LLMConfig(RayLLMConfig):
@@ -116,6 +113,8 @@ class LLMConfig(RayLLMConfig):
             )
         on_error = "raise" if settings.raise_error_on_callback else "warn"
         stack = parse(self.callbacks, self.time_limits, on_error)
+        from ray import cloudpickle
+
         problems = Problems()
         with problems.collected():
             manager_of(stack.for_deployment(_ray.deployment_name(self.model_id)).here())

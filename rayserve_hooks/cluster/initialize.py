@@ -13,6 +13,7 @@ from rayserve_hooks.cluster.remote_node import RemoteNode
 from rayserve_hooks.cluster.stacks import stack_of
 from rayserve_hooks.cluster.supervision import Initialization
 from rayserve_hooks.cluster.travel import ModelSource, request_for
+from rayserve_hooks.cluster.versions import check_ray
 from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.core.running import with_background
 from rayserve_hooks.core.stack import CallbackStack
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
 T = TypeVar("T")
+
+check_ray()  # here, and not at the first call, which may come after minutes
 
 
 async def initialize_node(
@@ -69,6 +72,7 @@ async def initialize(
         await with_background(this.manager, this.ctx, this.call("on_after_init"))
         this.enter(Phase.ENGINE_ARGUMENTS)
         engine_arguments.set_engine_kwargs(this.ctx)
+        _ray.stream_from_mirror(config)
         this.environment.export(this.phase)
     return this.ctx
 

@@ -1,9 +1,8 @@
-"""What the adapter stands on in Ray's internal parts; fails by name when a version moves it."""
+"""The adapter on the installed Ray; that Ray's names are where they are expected is
+tests/scripts/test_probe.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import sys
 from typing import Any
@@ -44,36 +43,6 @@ def test_the_download_modes_are_rays() -> None:
     assert "runai_streamer" in download_utils.STREAMING_LOAD_FORMATS
 
 
-def test_the_callback_slot() -> None:
-    from ray.llm._internal.common.callbacks.base import CallbackBase, CallbackConfig, CallbackCtx
-
-    assert [field.name for field in dataclasses.fields(CallbackConfig)] == [
-        "callback_class",
-        "callback_kwargs",
-        "raise_error_on_callback",
-    ]
-    fields = {field.name for field in dataclasses.fields(CallbackCtx)}
-    assert {"placement_group", "runtime_env", "run_init_node"} <= fields
-    assert inspect.iscoroutinefunction(CallbackBase.run_callback)
-    assert inspect.iscoroutinefunction(CallbackBase.on_before_node_init)
-
-
-def test_the_engine_calls_the_slot_before_it_reads_what_a_callback_may_change() -> None:
-    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
-
-    source = inspect.getsource(VLLMEngine.start)
-    places = [
-        source.index(part)
-        for part in (
-            'run_callback("on_before_node_init")',
-            "if callback.ctx.run_init_node",
-            'run_callback("on_after_node_init")',
-            "_prepare_engine_config(callback.ctx)",
-        )
-    ]
-    assert places == sorted(places)
-
-
 def test_the_engine_config_has_the_parts_that_are_set() -> None:
     from ray.llm._internal.serve.engines.vllm.vllm_models import VLLMEngineConfig
     from ray.serve.llm import LLMConfig
@@ -112,6 +81,71 @@ def test_the_mirror_of_a_config() -> None:
     )
 
 
+@pytest.mark.parametrize("uri", ["s3://bucket/m", "gs://bucket/m", "azure://c@a/m"])
+def test_a_uri_as_model_source_is_a_mirror(uri: str) -> None:
+    """Before Ray 2.57 its engine config has the URI as the model's id, and no mirror."""
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(model_loading_config={"model_id": "m", "model_source": uri})
+    model_id, mirror = _ray.model_source(config)
+    assert model_id == "m"
+    assert mirror is not None
+    assert (mirror.bucket_uri, mirror.extra_files) == (uri, ())
+
+
+@pytest.mark.parametrize("source", ["org/model", "/models/m", None])
+def test_another_model_source_is_no_mirror(source: str | None) -> None:
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(model_loading_config={"model_id": "m", "model_source": source})
+    assert _ray.model_source(config) == (source or "m", None)
+
+
+def test_a_path_that_a_callback_has_set_counts_more_than_a_uri() -> None:
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(model_loading_config={"model_id": "m", "model_source": "s3://bucket/m"})
+    _ray.set_model_path(config, "/models/m")
+    assert _ray.model_source(config)[0] == "/models/m"
+
+
+@pytest.mark.parametrize("source", ["s3://bucket/m", {"bucket_uri": "s3://bucket/m"}])
+@pytest.mark.parametrize(
+    ("load_format", "path", "loads"),
+    [
+        ("runai_streamer", None, "s3://bucket/m"),
+        ("runai_streamer", "/models/m", "/models/m"),
+        (None, "/models/m", "/models/m"),
+    ],
+)
+def test_an_engine_that_streams_reads_the_mirror(
+    source: Any, load_format: str | None, path: str | None, loads: str
+) -> None:
+    """Ray itself does since 2.59; before, the engine got the model's id."""
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "m", "model_source": source},
+        engine_kwargs={"load_format": load_format} if load_format else {},
+    )
+    if path:
+        _ray.set_model_path(config, path)
+    _ray.stream_from_mirror(config)
+    engine: Any = config.get_engine_config()
+    assert engine.actual_hf_model_id == loads
+
+
+def test_an_engine_that_streams_from_nowhere_keeps_its_model() -> None:
+    from ray.serve.llm import LLMConfig
+
+    config = LLMConfig(
+        model_loading_config={"model_id": "m", "model_source": "org/model"},
+        engine_kwargs={"load_format": "runai_streamer"},
+    )
+    _ray.stream_from_mirror(config)
+    assert _ray.model_source(config)[0] == "org/model"
+
+
 def test_streaming_formats_download_nothing() -> None:
     from ray.serve.llm import LLMConfig
 
@@ -128,6 +162,16 @@ def test_the_live_nodes_and_all_they_have(ray_cluster: Any) -> None:
     assert nodes[ray_cluster.head_id]["CPU"] == 8
     assert nodes[ray_cluster.other_id]["other"] == 4
     assert [node.id for node, _ in _ray.live_nodes() if node.is_local] == [ray_cluster.head_id]
+
+
+def test_the_own_node_comes_first(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    found = ray.nodes()
+    for order in (found, found[::-1]):
+        monkeypatch.setattr("ray.nodes", lambda order=order: order)
+        ids = [node.id for node, _ in _ray.live_nodes()]
+        assert ids == [ray_cluster.head_id, ray_cluster.other_id]
 
 
 def test_a_cluster_without_an_autoscaler_has_none(ray_cluster: Any) -> None:

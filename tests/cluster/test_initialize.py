@@ -178,6 +178,16 @@ def test_a_mode_set_in_the_per_node_hook_counts(ray_cluster: Any, store: s3.Serv
     assert "model.safetensors" not in files_in(ray_cluster.other_cache)
 
 
+def test_an_engine_that_streams_gets_the_uri_and_nothing_is_downloaded(store: s3.Server) -> None:
+    streaming = mirrored(store).model_copy(
+        update={"engine_kwargs": {"load_format": "runai_streamer"}}, deep=True
+    )
+    ctx = initialize(streaming)
+    assert [result.model_path for result in ctx.nodes.values()] == [None]
+    engine: Any = streaming.get_engine_config()
+    assert engine.actual_hf_model_id == "s3://anonymous@models/tiny"
+
+
 def test_a_failed_download_names_node_and_phase(store: s3.Server, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "models")
     with pytest.raises(
