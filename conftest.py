@@ -98,11 +98,14 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
 
 @pytest.fixture(autouse=True)
 def _log_reaches_caplog(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo what Ray and vLLM, once imported, do to loggers: caplog's handler is the root's."""
-    if "caplog" in request.fixturenames:
-        for name in ("ray", "ray.serve"):
-            monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-        logging.getLogger().setLevel(logging.WARNING)
+    """Undo what Ray, vLLM and what they import do to loggers: caplog's handler is the root's."""
+    if "caplog" not in request.fixturenames:
+        return
+    for name in ("ray", "ray.serve", "ray.serve.rayserve_hooks", "rayserve_hooks.download"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)
