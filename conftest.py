@@ -98,14 +98,16 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
 
 @pytest.fixture(autouse=True)
 def _log_reaches_caplog(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undo what Ray, vLLM and what they import do to loggers: caplog's handler is the root's."""
+    """Hand our records to caplog directly: Ray and vLLM change the loggers above ours."""
     if "caplog" not in request.fixturenames:
         return
-    for name in ("ray", "ray.serve", "ray.serve.rayserve_hooks", "rayserve_hooks.download"):
-        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
-        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
-    logging.disable(logging.NOTSET)
+    handler = request.getfixturevalue("caplog").handler
     logging.getLogger().setLevel(logging.WARNING)
+    for name in ("ray.serve.rayserve_hooks", "rayserve_hooks.download"):
+        logger = logging.getLogger(name)
+        monkeypatch.setattr(logger, "handlers", [handler])
+        monkeypatch.setattr(logger, "propagate", False)
+        monkeypatch.setattr(logger, "disabled", False)
 
 
 @pytest.fixture(autouse=True)
