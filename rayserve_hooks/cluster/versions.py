@@ -90,7 +90,7 @@ def _serves() -> bool:
 
 @contextlib.contextmanager
 def imports_explained() -> Iterator[None]:
-    """Say what fits where an import of Ray's LLM part fails in the block.
+    """Raise an error that says what fits where an import of Ray's LLM part fails in the block.
 
     Ray's own text says that CUDA does not match, or nothing but a name.
 
