@@ -98,10 +98,11 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
 
 @pytest.fixture(autouse=True)
 def _log_reaches_caplog(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand our records to caplog directly: Ray and vLLM change the loggers above ours."""
+    """Hand our records to caplog directly: Ray and vLLM change what is above ours."""
     if "caplog" not in request.fixturenames:
         return
     handler = request.getfixturevalue("caplog").handler
+    monkeypatch.setattr(handler, "level", logging.NOTSET)
     logging.getLogger().setLevel(logging.WARNING)
     for name in ("ray.serve.rayserve_hooks", "rayserve_hooks.download"):
         logger = logging.getLogger(name)
