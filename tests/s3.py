@@ -43,9 +43,11 @@ class Fault:
             the body, then the end), ``short`` (one byte less than listed, said so), ``reset`` (half
             of the body, then RST), ``corrupt`` (one byte flipped), ``slow`` (``delay_s`` first),
             ``hang up`` (after the answer), ``error`` (``status`` and ``code``), ``silent`` (no
-            answer), ``stall`` (half of the body, then nothing), ``trickle`` (a byte each
-            ``delay_s``), ``other`` (another ETag, whatever ``If-Match`` says), ``bare`` (no ETag,
-            likewise), ``gzip`` (encoded) or ``redirect`` (307 to ``to``).
+            answer), ``held`` (none until ``released``), ``stall`` (half of the body, then nothing),
+            ``trickle`` (a byte each ``delay_s``), ``other`` (another ETag, whatever ``If-Match``
+            says), ``bare`` (no ETag, likewise), ``gzip`` (encoded), ``unmeasured`` (a length that
+            is no number), ``excess`` (in chunks, a byte more than listed) or ``redirect`` (307 to
+            ``to``).
         path: The end of the request's path; everything ends with the empty string.
         times: How many requests it hits.
         method: The HTTP method it hits.
@@ -86,7 +88,8 @@ class Server:
     Attributes:
         root: The folder above the buckets.
         url: Where it listens.
-        etags: ``md5``, ``multipart`` (as of an upload in parts), ``opaque`` (no hash at all).
+        etags: ``md5``, ``multipart`` (as of an upload in parts), ``opaque`` (no hash at all),
+            ``empty`` (two quotes).
         checksums: By path: the headers that a HEAD with ``x-amz-checksum-mode``, or one of another
             store's client, adds.
         crc64: Add the true CRC64NVME of every object to those.
@@ -96,6 +99,8 @@ class Server:
         keys: What a listing has besides the files, all of them empty.
         repeats: A listing's pages never end: ``token`` (each has the token of the one before) or
             ``cycle`` (the last one leads to the first).
+        empty_pages: How many pages of a listing are empty before the first object.
+        all_keys: A listing has all of a bucket, whatever prefix is asked for.
         listed_etags: A listing has ETags.
         virtual: The bucket is the first label of the host, and not in the path.
         rate: Bytes per second and connection.
@@ -119,6 +124,8 @@ class Server:
     sizes: dict[str, int] = field(default_factory=dict)
     keys: list[str] = field(default_factory=list)
     repeats: str = ""
+    empty_pages: float = 0
+    all_keys: bool = False
     listed_etags: bool = True
     virtual: bool = False
     released: threading.Event = field(default_factory=threading.Event)
@@ -175,6 +182,8 @@ class Server:
         return self.etag_of(file, os.stat(file))
 
     def etag_of(self, file: str | Path, status: os.stat_result) -> str:
+        if self.etags == "empty":
+            return ""
         if self.etags == "opaque":
             return f"version-{status.st_mtime_ns:x}"
         key = (str(file), status.st_size, status.st_mtime_ns)
@@ -246,6 +255,8 @@ class _Handler(socketserver.StreamRequestHandler):
             if fault.kind == "silent":
                 self.s3.released.wait()
                 return False
+            if fault.kind == "held":
+                self.s3.released.wait()
             if fault.kind == "redirect":
                 location = f"{fault.to}/{request.path}"
                 return self._send(307, {"Location": location, "Content-Length": "0"}, b"")
@@ -269,8 +280,16 @@ class _Handler(socketserver.StreamRequestHandler):
         folder = self.s3.root / bucket
         if not folder.is_dir():
             return self._error(404, "NoSuchBucket", "The specified bucket does not exist")
-        keys = self._keys(folder, prefix)
+        keys = self._keys(folder, "" if self.s3.all_keys else prefix)
         token = query.get("continuation-token", ["0"])[0]
+        before = int(token.removeprefix("empty-")) if token.startswith("empty-") else 0
+        if (token == "0" and self.s3.empty_pages) or 0 < before < self.s3.empty_pages:
+            text = (
+                "<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>"
+                f"empty-{before + 1}</NextContinuationToken></ListBucketResult>"
+            )
+            return self._send(200, {"Content-Type": "application/xml"}, text.encode())
+        token = "0" if before else token
         first = 0 if token == "again" else int(token)
         size = min(self.s3.page_size, int(query.get("max-keys", ["1000"])[0]))
         page = keys[first : first + size]
@@ -383,6 +402,16 @@ class _Handler(socketserver.StreamRequestHandler):
             body = bytearray(gzip.compress(opened.read(end - start)))
             headers |= {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
             return self._send(status, headers, bytes(body))
+        if kind == "excess":
+            opened.seek(start)
+            content = bytes(opened.read(end - start)) + b"!"
+            headers |= {"Transfer-Encoding": "chunked"}
+            del headers["Content-Length"]
+            self._send(status, headers, None)
+            self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content))
+            return True
+        if kind == "unmeasured":
+            headers["Content-Length"] = f"{end - start}, {end - start}"
         self._send(status, headers, None)
         if kind == "trickle":
             opened.seek(start)
@@ -404,7 +433,7 @@ class _Handler(socketserver.StreamRequestHandler):
             time.sleep(0.02)
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        return stop == end and kind != "hang up"
+        return stop == end and kind not in ("hang up", "unmeasured")
 
     def _send_file(self, opened: FileIO, offset: int, count: int) -> int:
         if isinstance(self.connection, ssl.SSLSocket):

@@ -31,7 +31,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ from rayserve_hooks.download.state import (
     Log,
     Manifest,
     Record,
+    check_links,
     key_of,
     make_folder,
     record_of,
@@ -155,6 +156,8 @@ class ModelCache:
         Raises:
             DownloadError: A file cannot be fetched, or the cache cannot be written.
         """
+        state, folder = self._state_folder, self.folder
+        check_links(folder, folder / "snapshots", folder / "refs", state, state / "revisions")
         version = hash_object.version if hash_object else None
         asked = _Asked(revision, listing, wanted, version)
         snapshot, before = self._snapshot(revision), self._main()
@@ -399,15 +402,7 @@ class _Stage:
         self, files: list[RemoteFile], places: list[Place]
     ) -> tuple[dict[str, Record], list[RemoteFile]]:
         """Return the records of the files that are here or could be linked, and the others."""
-        have, missing = {}, []
-        with ThreadPoolExecutor(_CHECK_THREADS) as pool:
-            found = pool.map(lambda file: self._collected(file, places), files)
-            for file, record in zip(files, found, strict=True):
-                if record is None:
-                    missing.append(file)
-                else:
-                    have[file.path] = record
-        return have, missing
+        return _records(lambda file: self._collected(file, places), files)
 
     def _collected(self, file: RemoteFile, places: list[Place]) -> Record | None:
         target = f"{self.folder}/{file.path}"
@@ -477,8 +472,16 @@ def look(
             return None
         return record_of(file, Content(checksum, "checksum"), target)
 
+    return _records(looked, files)
+
+
+def _records(
+    look_at: Callable[[RemoteFile], Record | None], files: list[RemoteFile]
+) -> tuple[dict[str, Record], list[RemoteFile]]:
+    """Return the records that a function finds for files, in threads, and the files without one."""
+
     def looked_at(part: list[RemoteFile]) -> list[Record | None]:
-        return [looked(file) for file in part]
+        return [look_at(file) for file in part]
 
     found: dict[str, Record] = {}
     # Slices: submitting one file to a thread costs more than looking at it.

@@ -30,12 +30,14 @@ class Caller:
             model id.
         check_cancelled: Called about once per second during the transfer; raises to end it.
         progress_bar: Called with a description and the total in bytes; None for no bar.
+        fetched: Called with how many bytes came, once for each transfer.
     """
 
     logger: logging.Logger | logging.LoggerAdapter[logging.Logger] = _logger
     label: str = ""
     check_cancelled: Callable[[], None] = lambda: None
     progress_bar: Callable[[str, int], ProgressBar] | None = None
+    fetched: Callable[[int], object] = lambda _: None
 
 
 STANDALONE = Caller()
@@ -51,6 +53,7 @@ class Progress:
         self._started = self._logged = time.monotonic()
         self._bar = caller.progress_bar(label, total) if caller.progress_bar else None
         self._shown = 0
+        self._fetched = caller.fetched
         self._show()
 
     def add(self, size: int) -> None:
@@ -76,5 +79,6 @@ class Progress:
             self._shown = done
 
     def close(self) -> None:
+        self._fetched(self.done - self.reused)
         if self._bar is not None:
             self._bar.close()

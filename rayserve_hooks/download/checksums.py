@@ -41,7 +41,7 @@ class _Crc:
 def new_hash(algorithm: str) -> Any:
     """Return a hash object of an algorithm; None if its library is missing."""
     if algorithm in ("md5", "sha1", "sha256"):
-        return hashlib.new(algorithm, usedforsecurity=False)
+        return getattr(hashlib, algorithm)(usedforsecurity=False)
     try:
         from awscrt import checksums
     except ImportError:

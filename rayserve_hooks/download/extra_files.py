@@ -7,13 +7,16 @@ or was, when we fetched it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from rayserve_hooks.download.cache import look, stage_suffix
 from rayserve_hooks.download.caller import Caller
 from rayserve_hooks.download.checksums import Heads
 from rayserve_hooks.download.node_lock import folder_lock, node_lock
+from rayserve_hooks.download.reader import Parts, Span
 from rayserve_hooks.download.state import (
     Content,
     Log,
@@ -25,7 +28,13 @@ from rayserve_hooks.download.state import (
     unwritable,
 )
 from rayserve_hooks.download.store_errors import shown
-from rayserve_hooks.download.stores import STATE_FOLDER, RemoteFile, Source, open_source
+from rayserve_hooks.download.stores import (
+    STATE_FOLDER,
+    NothingThereError,
+    RemoteFile,
+    Source,
+    open_source,
+)
 from rayserve_hooks.download.transfer import fetch
 
 
@@ -44,14 +53,70 @@ def download_extra(uri: str, target: Path, caller: Caller) -> None:
         node_lock(target, f"extra files of {shown(uri)}", caller),
         contextlib.closing(open_source(uri, caller)) as source,
     ):
-        try:
-            _complete(source, target)
-        except OSError as error:
-            raise unwritable(error, target) from error
+        _complete(source, list(source.list_files().values()), target)
 
 
-def _complete(source: Source, target: Path) -> None:
-    files = list(source.list_files().values())
+def download_object(uri: str, target: Path, caller: Caller) -> None:
+    """Download one object to a file.
+
+    Args:
+        uri: As for `open_source`, of the object itself.
+        target: The file. Neither it nor its folder need exist.
+        caller: The caller of the download.
+
+    Raises:
+        NothingThereError: There is no such object.
+        DownloadError: The store refused, or the file cannot be written.
+    """
+    above, _, name = uri.rpartition("/")
+    with (
+        node_lock(target, f"the file {shown(uri)}", caller),
+        contextlib.closing(open_source(above, caller)) as folder,
+    ):
+        found = folder.find(name)
+        if found is None:
+            raise NothingThereError(f"{shown(uri)} holds no object; check bucket and path")
+        file = dataclasses.replace(found, path=target.name)
+        _complete(_OneObject(uri, folder, name, file), [file], target.parent)
+
+
+class _OneObject(Source):
+    """One object of a folder, under the name that it has on disk."""
+
+    def __init__(self, uri: str, folder: Source, name: str, file: RemoteFile) -> None:
+        super().__init__(uri, folder.caller)
+        # What was fetched is remembered by URI: another copy beside this one is another matter.
+        self.uri = f"{uri} {file.path}"
+        self.stopped = folder.stopped
+        self._folder, self._name, self._file = folder, name, file
+
+    def _pages(self) -> Iterator[list[RemoteFile]]:
+        yield [self._file]
+
+    def _object(self, name: str) -> Iterable[RemoteFile]:
+        yield from [self._file] if name == self._file.path else []
+
+    def parts(self, file: RemoteFile, span: Span) -> Parts:
+        return self._folder.parts(dataclasses.replace(file, path=self._name), span)
+
+    def head(self, file: RemoteFile) -> Mapping[str, str]:
+        return self._folder.head(dataclasses.replace(file, path=self._name))
+
+    def can_head(self) -> bool:
+        return self._folder.can_head()
+
+    def close(self) -> None:
+        self._folder.close()
+
+
+def _complete(source: Source, files: list[RemoteFile], target: Path) -> None:
+    try:
+        _update(source, files, target)
+    except OSError as error:
+        raise unwritable(error, target, "name another folder") from error
+
+
+def _update(source: Source, files: list[RemoteFile], target: Path) -> None:
     heads, key, state, caller = Heads(source), key_of(source), target / STATE_FOLDER, source.caller
     name = f"extra-{key[:12]}"
     before = Manifest.read(state / f"{name}.json")

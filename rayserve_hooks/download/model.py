@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from rayserve_hooks.download.caller import STANDALONE, Caller
 from rayserve_hooks.download.extra_files import download_extra
 from rayserve_hooks.download.node_lock import node_lock
 from rayserve_hooks.download.store_errors import border, shown
-from rayserve_hooks.download.stores import open_source
-from rayserve_hooks.errors import DownloadError, describe, missing_download_extra
+from rayserve_hooks.download.stores import RemoteFile, Source, open_source
+from rayserve_hooks.errors import DownloadError, missing_download_extra
 
 # What a mode selects, and what it leaves out, as in Ray 2.60 (CloudFileSystem.download_model).
 _ALLOWED = {
@@ -78,7 +79,7 @@ def download_node(
             return None
         if mirror is not None and mirror.bucket_uri is not None:
             return str(_download_model(model_id, mirror.bucket_uri, mode, caller))
-        if from_hub and not _is_path(model_id):
+        if from_hub and not is_path(model_id):
             return _download_from_hub(model_id, mode, caller)
         return None
 
@@ -92,15 +93,27 @@ def _download_model(model_id: str, uri: str, mode: NodeModelDownloadable, caller
     ):
         listing = source.list_files()
         hash_object = listing.pop(REVISION_OBJECT, None)
-        wanted = [file for path, file in listing.items() if _selected(path, mode)]
-        if not wanted:
-            raise DownloadError(
-                f"{source.shown_uri} has {len(listing)} objects, none of which {mode.name} "
-                "selects; check the path and the download mode"
-            )
+        wanted = selected(source, listing, mode)
         cache = ModelCache(folder, source)
         revision = cache.revision(listing, hash_object)
         return cache.complete(revision, listing, wanted, hash_object)
+
+
+def selected(
+    source: Source, listing: Mapping[str, RemoteFile], mode: NodeModelDownloadable
+) -> list[RemoteFile]:
+    """Return the objects that a mode selects of a listing.
+
+    Raises:
+        DownloadError: There is none.
+    """
+    wanted = [file for path, file in listing.items() if is_selected(path, mode)]
+    if not wanted:
+        raise DownloadError(
+            f"{source.shown_uri} has {len(listing)} objects, none of which {mode.name} "
+            "selects; check the path and the download mode"
+        )
+    return wanted
 
 
 def model_folder(model_id: str) -> Path:
@@ -131,48 +144,40 @@ def _hub_cache() -> Path:
         ("HF_HOME", "hub"),
         ("XDG_CACHE_HOME", "huggingface/hub"),
     ):
-        if folder := os.environ.get(variable):
+        if folder := os.environ.get(variable, "").strip():
             return Path(os.path.expandvars(folder)).expanduser() / below
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE)
+    found = Path(constants.HF_HUB_CACHE)
+    # The library takes a variable that is set to nothing for the current folder.
+    return found if found.is_absolute() else Path.home() / ".cache/huggingface/hub"
 
 
-def _is_path(model_id: str) -> bool:
+def is_path(model_id: str) -> bool:
+    """Return whether a model's id is a folder on this node, which the engine then reads."""
     with contextlib.suppress(OSError, RuntimeError):  # too long; of a user who is not there
         return Path(model_id).expanduser().exists()
     return False
 
 
 def _download_from_hub(model_id: str, mode: NodeModelDownloadable, caller: Caller) -> str:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise DownloadError(missing_download_extra(f"downloading {model_id!r}", error)) from error
+    from rayserve_hooks.download.hub import hub_errors
+
     allowed, ignored = _ALLOWED.get(mode), _IGNORED.get(mode)
     purpose = f"{mode.name} of the Hugging Face Hub"
+    with hub_errors(model_id):
+        from huggingface_hub import snapshot_download
     folder = model_folder(model_id)
-    with node_lock(folder, purpose, caller):
-        try:
-            return snapshot_download(
-                model_id,
-                allow_patterns=allowed,
-                ignore_patterns=ignored,
-                cache_dir=folder.parent,
-            )
-        except Exception as error:  # the hub raises its own and those of its HTTP client
-            detail, check = describe(error), "HF_ENDPOINT and the network"
-            if isinstance(error, HfHubHTTPError):
-                detail = (error.server_message or type(error).__name__).rstrip(".")
-                check = "HF_TOKEN and whether the token may read the model"
-            raise DownloadError(
-                f"cannot fetch {model_id!r} from the Hugging Face Hub: {detail}; check the id, "
-                f"{check}"
-            ) from error
+    with node_lock(folder, purpose, caller), hub_errors(model_id):
+        return snapshot_download(
+            model_id,
+            allow_patterns=allowed,
+            ignore_patterns=ignored,
+            cache_dir=folder.parent,
+        )
 
 
-def _selected(path: str, mode: NodeModelDownloadable) -> bool:
+def is_selected(path: str, mode: NodeModelDownloadable) -> bool:
     """Match patterns as the Hugging Face Hub does, which is given the same ones."""
     allowed, ignored = _ALLOWED.get(mode, ["*"]), _IGNORED.get(mode, [])
     matches = functools.partial(fnmatch.fnmatchcase, path)

@@ -75,13 +75,7 @@ def node_lock(folder: Path, purpose: str, caller: Caller) -> Iterator[None]:
     # Of the bytes: a name that is no UTF-8 is a name all the same.
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     configured, path = os.environ.get(LOCK_DIR_VARIABLE), lock_folder()
-    try:
-        if configured:
-            fd = shared_folder(path, way_out=_COMMON_FOLDER)
-        else:
-            fd = private_folder(path, way_out=_OWN_FOLDER)
-    except OSError as error:
-        raise _unusable(path, error) from error
+    fd = _open_lock_folder()
     with contextlib.closing(_LockFile(fd, f"{name}.lock", _COMMON_FOLDER)) as file:
         if configured:
             file.shared, file.mode, file.exact_mode = True, 0o644, True
@@ -136,15 +130,29 @@ def shared_lock_reaches_other_nodes(path: Path) -> bool:
 
     False where nothing is known of it. A path need not exist.
     """
+    return lock_reaches_other_nodes(_mounts(), os.path.realpath(path))
+
+
+def file_system_of(path: Path) -> str:
+    """Return the type of a path's file system, such as ``"ext4"``; empty if nothing is known."""
+    return _mounted(_mounts(), os.path.realpath(path))[0]
+
+
+def _mounts() -> str:
     try:
-        mounts = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape")
+        return Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape")
     except OSError:
-        return False
-    return lock_reaches_other_nodes(mounts, os.path.realpath(path))
+        return ""
 
 
 def lock_reaches_other_nodes(mounts: str, path: str) -> bool:
     """Return what the text of ``/proc/<pid>/mountinfo`` says of a path without links."""
+    kind, options = _mounted(mounts, path)
+    return bool(kind) and not _LOCAL_TYPES.fullmatch(kind) and not options & _LOCAL_OPTIONS
+
+
+def _mounted(mounts: str, path: str) -> tuple[str, set[str]]:
+    """Return the type of the file system that is mounted at or above a path, and its options."""
     deepest, kind, options = -1, "", set[str]()
     for line in mounts.split("\n"):
         # The optional fields between options and type vary in number.
@@ -157,7 +165,7 @@ def lock_reaches_other_nodes(mounts: str, path: str) -> bool:
         if len(point) >= deepest and f"{path}/".startswith(f"{point}/"):
             deepest, kind = len(point), described[0]
             options = {*fields[5].split(","), *described[2].split(",")}
-    return deepest >= 0 and not _LOCAL_TYPES.fullmatch(kind) and not options & _LOCAL_OPTIONS
+    return kind, options
 
 
 def _unescaped(text: str) -> str:
@@ -324,6 +332,21 @@ def _wait(file: _LockFile, shown: Path, caller: Caller) -> OSError | None:
 def lock_folder() -> Path:
     """Return the folder of this node's locks; it need not exist."""
     return Path(os.environ.get(LOCK_DIR_VARIABLE) or _default_folder())
+
+
+def check_lock_folder() -> None:
+    """Raise a `DownloadError` if the folder of this node's locks cannot be used; it is made."""
+    os.close(_open_lock_folder())
+
+
+def _open_lock_folder() -> int:
+    path = lock_folder()
+    try:
+        if os.environ.get(LOCK_DIR_VARIABLE):
+            return shared_folder(path, way_out=_COMMON_FOLDER)
+        return private_folder(path, way_out=_OWN_FOLDER)
+    except OSError as error:
+        raise _unusable(path, error) from error
 
 
 def _default_folder() -> str:

@@ -24,7 +24,7 @@ from rayserve_hooks.download.reader import (
     StalledError,
     resumed,
 )
-from rayserve_hooks.download.s3 import bare
+from rayserve_hooks.download.s3 import bare, known
 from rayserve_hooks.download.store_errors import CHANGED, message_of, native
 from rayserve_hooks.download.stores import ANONYMOUS, RemoteFile, Source
 from rayserve_hooks.errors import DownloadError
@@ -125,13 +125,18 @@ class OtherSource(Source):
                 raise
             raise AnswerError(self._through(text)) from error
 
+    def _object(self, name: str) -> Iterator[RemoteFile]:
+        with contextlib.suppress(FileNotFoundError):
+            yield self._remote(self.store.head(name))
+
     def _through(self, text: str) -> str:
         return text if self._proxy is None else f"the proxy {self._proxy.shown!r}: {text}"
 
     @staticmethod
     def _remote(meta: Mapping[str, Any]) -> RemoteFile:
-        version = meta["e_tag"] or meta["last_modified"].isoformat()
-        return RemoteFile(meta["path"], meta["size"], meta["e_tag"], version)
+        etag = known(meta["e_tag"])
+        version = etag or meta["last_modified"].isoformat()
+        return RemoteFile(meta["path"], meta["size"], etag, version)
 
     @property
     def _drops_slashes(self) -> bool:
@@ -194,7 +199,7 @@ class OtherSource(Source):
             options["range"] = span
         with native():
             result = obstore.get(self._bytes_store, file.path, options=options)
-            etag, size = result.meta["e_tag"], result.meta["size"]
+            etag, size = known(result.meta["e_tag"]), result.meta["size"]
             changed = None not in (etag, file.etag) and bare(str(etag)) != bare(str(file.etag))
             if changed or size != file.size:
                 detail = f"the version {etag!r} of {size} bytes"

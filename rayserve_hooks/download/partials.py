@@ -23,7 +23,7 @@ from typing import BinaryIO, NamedTuple
 
 from rayserve_hooks.download.checksums import Head
 from rayserve_hooks.download.safe_files import open_owned
-from rayserve_hooks.download.state import make_way
+from rayserve_hooks.download.state import MOST_BYTES, make_way
 from rayserve_hooks.download.stores import RemoteFile
 from rayserve_hooks.errors import DownloadError
 
@@ -120,12 +120,10 @@ class PartialFile:
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write a segment, and a line of the journal after it."""
-        start, crc = offset, segment_crc()[1](data, 0)
-        while data:
-            written = os.pwrite(self._fd, data, offset)
-            data, offset = data[written:], offset + written
-        os.write(self._journal_fd, b"%d %d %x\n" % (start, offset, crc))
-        self._add(Segment(start, offset, crc))
+        end, crc = offset + len(data), segment_crc()[1](data, 0)
+        _write_all(self._fd, data, offset)
+        os.write(self._journal_fd, b"%d %d %x\n" % (offset, end, crc))
+        self._add(Segment(offset, end, crc))
 
     def _add(self, segment: Segment) -> None:
         """Join a segment with the one before it: of a large file there are too many."""
@@ -141,8 +139,10 @@ class PartialFile:
         """Write a small file, which needs no journal."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         fd = open_owned(self.path, flags, 0o644, way_out=_WAY_OUT)
-        with open(fd, "wb") as file:
-            file.write(data)
+        try:
+            _write_all(fd, memoryview(data), 0)
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         for fd in (self._fd, self._journal_fd):
@@ -167,7 +167,7 @@ class PartialFile:
         # A link, a folder, another user's, a damaged one: whatever is wrong, it is not believed.
         with contextlib.suppress(OSError, DownloadError):
             with open(open_owned(self.journal, os.O_RDONLY, way_out=_WAY_OUT), "rb") as journal:
-                lines = _LINE.findall(journal.read())
+                lines = _LINE.findall(journal.read(MOST_BYTES))
             with open(open_owned(self.path, os.O_RDWR, way_out=_WAY_OUT), "rb+") as file:
                 for segment in _proved(lines, file, self.file.size):
                     self._add(segment)
@@ -175,6 +175,13 @@ class PartialFile:
         if not self._by_end:
             make_way(self.path)
             make_way(self.journal)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    # Not by a file object, which asks three more things of the system before it writes.
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
 
 
 def _proved(lines: list[tuple[bytes, ...]], file: BinaryIO, size: int) -> list[Segment]:

@@ -395,4 +395,6 @@ def parts_of(response: http.client.HTTPResponse, buffer: memoryview, size: int) 
         size, sent = size - filled, sent - filled
         if not size and response.length is not None:
             response.close()  # so that the connection is kept
+        elif not size and response.chunked and response.read1(1):
+            raise AnswerError("the answer has more bytes than were asked for")
         yield buffer[:filled]

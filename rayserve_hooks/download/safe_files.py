@@ -129,6 +129,46 @@ def shared_folder(path: str | Path, mode: int = 0o700, *, way_out: str) -> int:
     return _open_folder(path, 0 if trusted else os.O_NOFOLLOW, way_out)
 
 
+def own_folder(path: Path, *, way_out: str) -> None:
+    """Make a folder, or check that all in it can be this user's work, or root's, alone.
+
+    Neither the folder nor the one above may be written by others, and no folder on the way nor
+    anything inside may belong to somebody else.
+
+    Args:
+        path: The folder; missing ones above it are made, too, with mode 0700.
+        way_out: As for `open_owned`.
+
+    Raises:
+        DownloadError: It is not so.
+        OSError: It can be neither made nor read, or is no folder.
+    """
+    path = path.absolute()
+    for folder in (*reversed(path.parents), path):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        _check_owner(folder, os.lstat(folder), way_out)
+        status = os.stat(folder)  # of a link of ours: what it leads to
+        _check_owner(folder, status, way_out)
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        others = stat.S_IWOTH if status.st_gid == os.getegid() else stat.S_IWOTH | stat.S_IWGRP
+        if folder == path.parent and status.st_mode & stat.S_ISVTX:
+            others = 0
+        if folder in (path, path.parent) and status.st_mode & others:
+            mode = stat.S_IMODE(status.st_mode)
+            raise _refusal(folder, None, f"can be written by others (mode {mode:#o})", way_out)
+    for above, folders, files in os.walk(path):
+        for name in folders + files:
+            found = Path(above, name)
+            _check_owner(found, os.lstat(found), way_out)
+
+
+def _check_owner(path: Path, status: os.stat_result, way_out: str) -> None:
+    if status.st_uid not in (os.geteuid(), 0):
+        raise _refusal(path, None, _not_ours(status), way_out)
+
+
 def _opened(
     path: str | Path, flags: int, mode: int, way_out: str, dir_fd: int | None
 ) -> tuple[int, bool]:

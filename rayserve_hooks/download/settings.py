@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,6 +61,16 @@ def check(scheme: str) -> None:
             )
         if name in _ENDPOINTS and value:
             check_endpoint(name, value)
+
+
+def quoted_in(error: BaseException) -> list[str]:
+    """Return the variables of stores whose value an error's text has, as words of their own."""
+    text = str(error).replace("[Errno ", "[Errno-")
+    return sorted(
+        name
+        for name, value in _of_stores(os.environ).items()
+        if value.strip() and re.search(rf"(?<![\w/.-]){re.escape(value)}(?![\w/-])", text)
+    )
 
 
 def check_endpoint(name: str, value: str) -> None:
@@ -173,6 +184,8 @@ class Proxy:
     """A proxy of the environment, as a URL of which the password is not shown."""
 
     def __init__(self, url: str) -> None:
+        names = [name for name, value in os.environ.items() if value == url]
+        names = [name for name in names if name.lower().endswith("_proxy")]
         url = url if "://" in url else f"http://{url.removeprefix('//')}"
         try:
             parts = urlsplit(url)
@@ -180,11 +193,12 @@ class Proxy:
         except ValueError:
             parts, self.host = urlsplit(""), ""
         self.url, self.scheme = url, parts.scheme
-        self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        scheme, _, rest = url.partition("://")
+        self.shown = f"{scheme}://{rest.rpartition('@')[2].partition('/')[0]}"
         if not self.host or self.scheme not in ("http", "https"):
             raise DownloadError(
-                f"a proxy variable is {self.shown!r}, which is no URL of an HTTP proxy; write it "
-                "as in 'http://host:3128'"
+                f"{names[0] if names else 'a proxy variable'} is {self.shown!r}, which is no URL "
+                "of an HTTP proxy; write it as in 'http://host:3128'"
             )
         self.port = self.port or (443 if self.scheme == "https" else 80)
         self.headers: dict[str, str] = {}
@@ -206,8 +220,13 @@ def proxy_of_boto3(url: str) -> Proxy | None:
 
 def proxy_of_others(url: str) -> Proxy | None:
     """Return the proxy for a URL as ``requests`` chooses it, for stores that are not S3's."""
+    from urllib.request import proxy_bypass
+
     from requests.utils import get_environ_proxies, select_proxy
 
+    # It forgets the port of an address, and the standard library, which sends the HEADs, does not.
+    if proxy_bypass(urlsplit(url).netloc):
+        return None
     found = select_proxy(url, get_environ_proxies(url))
     return Proxy(found) if found else None
 

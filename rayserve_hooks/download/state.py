@@ -27,6 +27,8 @@ from rayserve_hooks.download.stores import RemoteFile, Source
 from rayserve_hooks.errors import DownloadError, describe
 
 _WAY_OUT = "set HF_HOME to move the cache"
+# Of what is read at once: a million records take a quarter of it.
+MOST_BYTES = 2**30
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 
@@ -205,7 +207,9 @@ def text_of(path: Path) -> str:
         contextlib.suppress(OSError, DownloadError),
         open(open_owned(path, os.O_RDONLY, way_out=_WAY_OUT, shared=True), "rb") as file,
     ):
-        return file.read().decode("utf-8", "replace")
+        # The size of a damaged one may be anything.
+        if os.fstat(file.fileno()).st_size <= MOST_BYTES:
+            return file.read().decode("utf-8", "replace")
     return ""
 
 
@@ -243,6 +247,25 @@ def _is_below(path: str) -> bool:
     except UnicodeEncodeError:
         return False
     return bool(path) and path[0] != "/" and ".." not in path.split("/") and "\0" not in path
+
+
+def check_links(*folders: Path) -> None:
+    """Raise if a folder is a link by which another user leads elsewhere what is written there.
+
+    A link of this user, of root, or of the owner of the folder around it is as good as a folder.
+
+    Raises:
+        DownloadError: It is.
+    """
+    for path in folders:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            status = path.lstat()
+            trusted = {os.geteuid(), 0, path.parent.stat().st_uid}
+            if stat.S_ISLNK(status.st_mode) and status.st_uid not in trusted:
+                raise DownloadError(
+                    f"{str(path)!r} is a link of user {status.st_uid}, which may lead anywhere; "
+                    f"remove it, or {_WAY_OUT}"
+                )
 
 
 def make_folder(path: Path) -> None:
@@ -325,9 +348,9 @@ def remove_tree(path: str | Path) -> None:
             os.unlink(path)
 
 
-def unwritable(error: OSError, path: str | Path) -> DownloadError:
+def unwritable(error: OSError, path: str | Path, way_out: str = _WAY_OUT) -> DownloadError:
     """Return the error for a path that cannot be written."""
     return DownloadError(
         f"cannot write {error.filename or str(path)!r}: {describe(error)}; check the permissions "
-        "and the free space there, or set HF_HOME to move the cache"
+        f"and the free space there, or {way_out}"
     )

@@ -63,7 +63,10 @@ _ADVICE = {
         "set AWS_ACCESS_KEY_ID or AWS_PROFILE, or write s3://anonymous@bucket for a public bucket"
     ),
     "ProfileNotFound": "correct AWS_PROFILE, or put the configuration file on every node",
-    "InvalidRegionError": "correct the region in AWS_DEFAULT_REGION or the configuration file",
+    "InvalidRegionError": (
+        "correct the region in AWS_DEFAULT_REGION, AWS_REGION or the configuration file"
+    ),
+    "ConfigParseError": "correct that file, or unset the variable that names it",
     "Invalid endpoint": (
         "write the endpoint in AWS_ENDPOINT_URL or the configuration file with its scheme, as in "
         "'http://host:9000'"
@@ -147,7 +150,7 @@ def _advice(text: str, check: str | None) -> str:
     for sign, advice in _ADVICE.items():
         if re.search(rf"\b{sign} [A-Z]" if sign.isdigit() else re.escape(sign), text):
             return advice
-    if "NotFound" in text or "Not Found" in text:
+    if ("NotFound" in text and "[Errno" not in text) or "Not Found" in text:  # of a store
         return _MISSING
     if "Precondition" in text:
         return CHANGED
@@ -188,4 +191,10 @@ def _short_urls(text: str) -> str:
 
 def shown(uri: str) -> str:
     """Return a URI as it may be logged: without user, password and what its query says."""
+    scheme, separator, rest = uri.partition("://")
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    # A container of Azure's is before it, too.
+    if at and user != "anonymous" and scheme not in ("azure", "abfss"):
+        return redact(f"{scheme}{separator}***@{host}{slash}{path}")
     return redact(uri)

@@ -36,8 +36,10 @@ _WAKE_S = 1.0
 # For what is no stall: the imports and the client's making, which take long on a busy machine, and
 # the back-off between a client's own tries, whose error says more. botocore's longest is 20 s.
 _GRACE_S = 30.0
-# Pages in a row without an object that was not in an earlier one.
+# Pages in a row whose objects were all in earlier ones; and pages in a row without any, which a
+# store may send where much was deleted.
 _IDLE_PAGES = 3
+_EMPTY_PAGES = 1000
 _FORMS = (
     "s3://bucket/path, gs://bucket/path, azure://container@account.blob.core.windows.net/path or "
     "abfss://container@account.dfs.core.windows.net/path"
@@ -53,6 +55,10 @@ class RemoteFile:
     size: int  # in bytes
     etag: str | None  # as the store sends it, quotes included
     version: str  # changes whenever the content does: the ETag, or else the time of change
+
+
+class NothingThereError(DownloadError):
+    """A store has no object where one is looked for."""
 
 
 class Source(abc.ABC):
@@ -80,6 +86,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def _pages(self) -> Iterator[list[RemoteFile]]:
         """Yield the objects below the URI, in whatever the store sends at once."""
+
+    @abc.abstractmethod
+    def _object(self, name: str) -> Iterable[RemoteFile]:
+        """Yield the object of exactly this name, if there is one."""
 
     @abc.abstractmethod
     def parts(self, file: RemoteFile, span: tuple[int, int]) -> Generator[memoryview, None, None]:
@@ -123,14 +133,15 @@ class Source(abc.ABC):
         """
         what = f"cannot list {self.shown_uri}"
         found: dict[str, RemoteFile] = {}
-        idle = 0
+        idle = empty = 0
         try:
             for page in self._supervised(self._pages, what):
                 before = len(found)
+                empty = 0 if page else empty + 1
                 for file in page:
                     found[file.path] = file
-                idle = 0 if len(found) > before else idle + 1
-                if idle >= _IDLE_PAGES:
+                idle = 0 if len(found) > before or not page else idle + 1
+                if idle >= _IDLE_PAGES or empty >= _EMPTY_PAGES:
                     raise DownloadError(
                         f"{what}: it repeats itself after {len(found):,} objects; check the "
                         "endpoint and the proxies: a store ends its listings"
@@ -145,9 +156,22 @@ class Source(abc.ABC):
         files = {path: file for path, file in found.items() if self._is_file(file)}
         self._check_parents(files)
         if not files:
-            raise DownloadError(f"{self.shown_uri} holds no object; check bucket and path")
+            raise NothingThereError(f"{self.shown_uri} holds no object; check bucket and path")
         self._listed = files
         return dict(files)
+
+    def find(self, name: str) -> RemoteFile | None:
+        """Return the object of exactly this name below the URI; None if there is none.
+
+        Raises:
+            DownloadError: The store refused, or the object cannot be a file.
+        """
+        what = f"cannot look for {name!r} in {self.shown_uri}"
+        try:
+            found = list(self._supervised(lambda: self._object(name), what))
+        except Exception as error:  # each client raises classes of its own
+            raise failure(what, error) from error
+        return next(filter(self._is_file, found), None)
 
     def read(self, path: str, limit_bytes: int) -> bytes:
         """Return a small object of the listing.
@@ -314,5 +338,9 @@ def open_source(uri: str, caller: Caller = STANDALONE) -> Source:
     except ImportError as error:
         raise DownloadError(missing_download_extra(f"downloading {shown(uri)}", error)) from error
     except Exception as error:  # each client raises classes of its own
-        raise failure(what, error, check="the URI and the credentials") from error
+        named = " and ".join(settings.quoted_in(error))
+        also = ", or the same in the configuration file" if named.startswith("AWS_") else ""
+        file = ", the credentials and the AWS configuration file"
+        check = "the URI" + (file if scheme == "s3" else " and the credentials")
+        raise failure(what, error, check=f"{named}{also}" if named else check) from error
     return source

@@ -161,6 +161,22 @@ class TestAnotherContent:
             read(source, file, span)
         assert {headers["accept-encoding"] for headers in server.headers} == {"identity"}
 
+    @pytest.mark.parametrize("span", [SPAN, (0, len(CONTENT))])
+    def test_a_length_that_is_no_number_says_nothing(
+        self, span: tuple[int, int], source: Source, file: RemoteFile, server: s3.Server
+    ) -> None:
+        server.faults = [s3.Fault("unmeasured")]
+        assert read(source, file, span) == CONTENT[slice(*span)]
+
+    @pytest.mark.parametrize("span", [SPAN, (0, len(CONTENT))])
+    def test_an_answer_without_a_length_that_is_longer(
+        self, span: tuple[int, int], source: Source, file: RemoteFile, server: s3.Server
+    ) -> None:
+        server.faults = [s3.Fault("excess")]
+        pattern = "^cannot fetch 'we ights' of s3://bucket/model: the answer has more bytes than"
+        with pytest.raises(DownloadError, match=pattern):
+            read(source, file, span)
+
     @pytest.mark.parametrize("whole", [True, False])
     def test_a_redirect_gets_no_credentials(
         self,
@@ -336,6 +352,8 @@ class TestProxies:
             {"no_proxy": "*"},
             {"no_proxy": "127.0.0.1"},
             {"NO_PROXY": "10.0.0.1, 127.0.0.1"},
+            {"no_proxy": "127.0.0.1:PORT"},
+            {"NO_PROXY": "host:1,127.0.0.1:PORT"},
         ],
     )
     def test_what_goes_past_it(
@@ -349,7 +367,7 @@ class TestProxies:
         monkeypatch.setenv("http_proxy", self.url)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+            monkeypatch.setenv(name, value.replace("PORT", server.url.rpartition(":")[2]))
         with contextlib.closing(open_source(uri)) as opened:
             (file,) = opened.list_files().values()
             assert read(opened, file) == WANTED
@@ -365,6 +383,8 @@ class TestProxies:
             ("gs://anonymous@bucket/model", {"all_proxy": ""}, True),
             ("gs://anonymous@bucket/model", {"http_proxy": "", "no_proxy": "127.0.0.0/8"}, False),
             ("gs://anonymous@bucket/model", {"http_proxy": ""}, True),
+            ("gs://anonymous@bucket/model", {"http_proxy": "", "no_proxy": "127.0.0.1:1"}, True),
+            ("s3://bucket/model", {"http_proxy": "", "no_proxy": "127.0.0.1:1"}, True),
         ],
     )
     def test_all_requests_agree(

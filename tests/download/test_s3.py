@@ -287,12 +287,57 @@ class TestVariables:
         with pytest.raises(DownloadError, match=f"^{re.escape(wanted)}$"):
             open_source("s3://bucket/model")
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("AWS_MAX_ATTEMPTS", "many"),
+            ("AWS_RETRY_MODE", "often"),
+            ("AWS_DEFAULTS_MODE", "fast"),
+            ("AWS_REQUEST_CHECKSUM_CALCULATION", "never"),
+            ("AWS_STS_REGIONAL_ENDPOINTS", "some"),
+            ("AWS_METADATA_SERVICE_TIMEOUT", "1s"),
+        ],
+    )
+    def test_a_value_that_botocore_refuses(
+        self, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(name, value)
+        pattern = rf"{value}.*; check {name}, or the same in the configuration file$"
+        with pytest.raises(DownloadError, match=pattern):
+            open_source("s3://bucket/model")
+
+    @pytest.mark.parametrize(
+        ("text", "advice"),
+        [
+            ("[default\n", "correct that file, or unset the variable that names it"),
+            ("[default]\nretry_mode = often\n", "check the URI, the credentials and the AWS"),
+            ("[default]\ns3 = x\n", "check the URI, the credentials and the AWS configuration"),
+            ("[default]\ncredential_process = /no/such\n", "check the URI, the credentials and"),
+        ],
+    )
+    def test_a_file_that_botocore_refuses(
+        self, text: str, advice: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config(text)
+        if "process" in text:
+            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        with pytest.raises(DownloadError, match=rf"^cannot open .*; {advice}"):
+            open_source("s3://bucket/model")
+
+    def test_what_the_file_sets_to_nothing_is_unset(self, server: s3.Server) -> None:
+        names = ("region", "endpoint_url", "ca_bundle", "retry_mode", "max_attempts")
+        lines = [f"{name} =" for name in (*names, "request_checksum_calculation")]
+        config("\n".join(["[default]", *lines, "s3 =", "  addressing_style =", ""]))
+        assert download() == CONTENT
+
     @pytest.mark.parametrize("proxy", ["socks5://h:1", "http://", "http://user:SECRET@h:port"])
     def test_a_proxy_that_is_none(
         self, proxy: str, server: s3.Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("http_proxy", proxy)
-        with pytest.raises(DownloadError, match=r"a proxy variable is '.*write it as in") as caught:
+        with pytest.raises(
+            DownloadError, match=r"http_proxy is '(socks5|http):.*write it as in"
+        ) as caught:
             open_source("s3://bucket/model").list_files()
         assert "SECRET" not in str(caught.value)
 
@@ -454,6 +499,30 @@ def test_the_same_settings_work_with_stock(moto: str, tmp_path: Path) -> None:
         for folder in (tmp_path / "stock", Path(path))
     ]
     assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("of_file", [False, True])
+def test_the_credentials_of_a_role_come_from_sts(
+    moto: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_file: bool
+) -> None:
+    """Another service of botocore's: a pod's role, and one that a profile assumes."""
+    moto_server.fill(moto, "bucket", {"tiny/config.json": b"{}"})
+    monkeypatch.setattr(s3_source, "_clients", {})
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    role = "arn:aws:iam::123456789012:role/reader"
+    if of_file:
+        source = "aws_access_key_id = key\naws_secret_access_key = secret\n"
+        role = f"role_arn = {role}\nregion = us-east-1\nsource_profile = one"
+        config(f"[default]\n{role}\n[profile one]\n{source}")
+    else:
+        (tmp_path / "token").write_text("of the pod")
+        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+        monkeypatch.setenv("AWS_ROLE_ARN", role)
+    assert list(open_source("s3://bucket/tiny").list_files()) == ["config.json"]
+    found: Any = s3_source.client_of(False).credentials
+    method = "assume-role" if of_file else "assume-role-with-web-identity"
+    assert (found.method, bool(found.get_frozen_credentials().token)) == (method, True)
 
 
 @pytest.fixture
@@ -624,5 +693,5 @@ def test_a_client_for_other_settings_reads_no_data_of_botocore_s_again(
 ) -> None:
     open_source("s3://anonymous@bucket/model").close()
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    monkeypatch.setattr("botocore.loaders.JSONFileLoader.load_file", None)
+    monkeypatch.setattr("rayserve_hooks.download.botocore_data._DataFiles.load_file", None)
     open_source("s3://anonymous@bucket/model").close()

@@ -450,6 +450,22 @@ class TestVariables:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         assert model_folder("org/tiny") == tmp_path / "models--org--tiny"
 
+    @pytest.mark.parametrize("name", [*VARIABLES, "all"])
+    def test_an_empty_one_is_unset_for_the_library_too(self, name: str, tmp_path: Path) -> None:
+        # Its import takes an empty one for the current folder, so this is a process of its own.
+        others = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+        empty = dict.fromkeys(VARIABLES if name == "all" else [name], "")
+        code = "from rayserve_hooks.download.model import model_folder; print(model_folder('a/b'))"
+        ran = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**others, **empty, "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        folder = tmp_path / ".cache/huggingface/hub/models--a--b"
+        assert ran.stdout.strip() == str(folder)
+
     def test_downloads_from_the_hub_go_there_too(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

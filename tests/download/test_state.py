@@ -127,6 +127,11 @@ def others_may_write(path: Path) -> None:
     path.chmod(0o666)
 
 
+def absurd(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**43)
+
+
 DAMAGES: list[Callable[[Path], Any]] = [
     folder,
     full_folder,
@@ -140,6 +145,7 @@ DAMAGES: list[Callable[[Path], Any]] = [
     lambda path: path.write_text("[" * 100_000),
     lambda path: path.write_text('{"files": [1, {"path": 1}], "source": 5}'),
     lambda path: path.write_text("9" * 10_000),
+    absurd,
 ]
 
 
@@ -286,6 +292,37 @@ def test_a_folder_of_another_user_is_refused(store: Path, model: Path) -> None:
     os.chown(model / ".rayserve_hooks" / "stage", 12345, 12345)
     with pytest.raises(DownloadError, match="belongs to user 12345, who could exchange what is"):
         get(store)
+
+
+@pytest.mark.parametrize("place", ["", "snapshots", "refs", "{}", "{}/revisions", "{}/stage"])
+def test_a_folder_that_another_user_has_linked_is_refused(
+    place: str, store: Path, model: Path, tmp_path: Path
+) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give links away")
+    path, outside = model / place.format(".rayserve_hooks"), tmp_path / "outside"
+    outside.mkdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(outside)
+    os.lchown(path, 12345, 12345)
+    for _ in range(2):
+        with pytest.raises(
+            DownloadError, match=f"^'{path}' is a link.*; remove it, or set HF_HOME"
+        ):
+            get(store)
+    assert list(outside.iterdir()) == []
+    path.unlink()
+    assert held(get(store)) == FIRST
+
+
+@pytest.mark.parametrize("place", ["", "snapshots", "refs"])
+def test_a_folder_that_this_user_has_linked_will_do(
+    place: str, store: Path, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (model / place).parent.mkdir(parents=True, exist_ok=True)
+    (model / place).symlink_to(tmp_path / "outside")
+    assert held(get(store)) == FIRST
 
 
 def test_written_files_have_names_nobody_can_guess(

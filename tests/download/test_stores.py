@@ -198,6 +198,18 @@ class TestBounds:
         # obstore hands on a thousand objects at once, and asks ahead.
         assert server.count("LIST") <= (20 if uri.startswith("s3") else 8000)
 
+    def test_empty_pages_are_followed(self, uri: str, server: s3.Server) -> None:
+        server.empty_pages = 7
+        assert sorted(open_source(uri).list_files()) == ["config.json", "weights"]
+
+    def test_an_empty_etag_is_none(self, uri: str, server: s3.Server) -> None:
+        server.etags = "empty"
+        source = open_source(uri)
+        file = source.list_files()["weights"]
+        assert file.etag is None
+        assert file.version[:10] == "2026-01-01"  # so that a replaced object is noticed
+        assert b"".join(bytes(part) for part in source.parts(file, (0, file.size))) == b"weights"
+
     def test_too_many_objects(
         self, uri: str, server: s3.Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -293,6 +305,8 @@ def test_a_store_that_is_none_of_ours() -> None:
         ("s3://user:SE@CRET@bucket/a", "s3://***@bucket/a"),
         ("s3://user:SE/CRET@bucket/a", "s3://***@bucket/a"),
         ("s3://:SECRET@bucket/a", "s3://***@bucket/a"),
+        ("s3://SECRET@bucket/a@b", "s3://***@bucket/a@b"),
+        ("gs:// user:SECRET@bucket/a", "gs://***@bucket/a"),
         ("azure://c@a.blob.core.windows.net/x", "azure://c@a.blob.core.windows.net/x"),
         (
             "azure://c@a.blob.core.windows.net/x?sv=1&sig=SEC/RET%3D",
@@ -307,10 +321,32 @@ def test_a_label_shows_what_is_no_secret(uri: str, label: str) -> None:
     assert "SECRET" not in label
 
 
+def test_empty_pages_without_end(server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_EMPTY_PAGES", 5)
+    server.empty_pages = float("inf")
+    with pytest.raises(DownloadError, match="it repeats itself after 0 objects"):
+        open_source("s3://bucket/tiny").list_files()
+    assert server.count("LIST") < 20
+
+
+def test_a_listing_of_other_folders(server: s3.Server) -> None:
+    (server.root / "bucket/another").write_text("x")
+    server.all_keys = True
+    text = (
+        "s3://bucket/tiny was listed, and the store answers with 'another', which is not below "
+        "it; check the endpoint and the proxies"
+    )
+    with pytest.raises(DownloadError, match=f"^{re.escape(text)}$"):
+        open_source("s3://bucket/tiny").list_files()
+
+
 @pytest.mark.parametrize(
     "uri",
     [
         "s3://user:SECRET@bucket/tiny",
+        "s3://SECRET@bucket/tiny",
+        "gs://SECRET@bucket/tiny",
+        "s3:// user:SECRET@bucket/tiny",
         "s3://bucket/tiny?X-Amz-Signature=SECRET&X-Amz-Credential=SECRET",
         "gs://bucket/tiny?x-goog-signature=SECRET",
         "azure://c@a.blob.core.windows.net/tiny?sv=1&sig=SECRET",
