@@ -1,4 +1,4 @@
-"""`CallbackCtx`, the state of one node initialization, and the values it holds."""
+"""`CallbackCtx`, the state of one start of a replica, and the values it holds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ray.serve.llm import LLMConfig
     from ray.util.placement_group import PlacementGroup
+    from vllm.engine.protocol import EngineClient
 
 
 class NodeModelDownloadable(enum.Enum):
@@ -132,6 +133,27 @@ class NodeInfo:
 
 
 @dataclass(frozen=True)
+class ProcessInfo:
+    """A process in which hooks run.
+
+    Args:
+        role: ``"driver"`` (where an app is built, or an initialization outside of Ray Serve),
+            ``"replica"``, ``"node"`` (the process of another node), ``"engine config"`` (the task
+            that makes the engine's config on a GPU), ``"engine core"`` or ``"worker"``.
+        rank: Of a worker its rank, of the engine core of a data-parallel engine its number; else
+            None.
+        pid: The process id on its node; by default this process's.
+    """
+
+    role: str = "driver"
+    rank: int | None = None
+    pid: int = field(default_factory=os.getpid)
+
+    def __str__(self) -> str:
+        return self.role if self.rank is None else f"{self.role} {self.rank}"
+
+
+@dataclass(frozen=True)
 class NodeResult:
     """What the initialization of one node left behind.
 
@@ -142,6 +164,8 @@ class NodeResult:
         handled: The result that replaced the default download, if a callback returned one.
         hook_s: Seconds in ``on_before_download``, all callbacks together.
         download_s: Seconds in the default download, 0.0 when there was none.
+        download_bytes: What it fetched from an object store, without what was there already.
+        download_start: When it began, in seconds since the epoch; 0.0 when there was none.
     """
 
     node: NodeInfo
@@ -150,6 +174,8 @@ class NodeResult:
     handled: Handled | None
     hook_s: float
     download_s: float
+    download_bytes: int = 0
+    download_start: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +211,7 @@ class ContextLogger(logging.LoggerAdapter[logging.Logger]):
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Add the fields to a record's ``extra``, as `logging.LoggerAdapter` has it."""
         return msg, {**kwargs, "extra": {**self._fields(), **(kwargs.get("extra") or {})}}
 
 
@@ -194,8 +221,10 @@ class CtxState:
 
     llm_config: Any
     node: NodeInfo
+    process: ProcessInfo
     nodes: dict[str, NodeResult]
     handled: Handled | None
+    engine: Any = None
     values: dict[str, Any] = field(default_factory=dict)
     trace: Trace = field(default_factory=Trace)
     recorder: Any = None  # of core, which the contract does not know
@@ -234,6 +263,39 @@ class _Field(Generic[Get, Set]):
             state.recorder.note_assignment(self._name)
 
 
+class _ConfigureField(_Field[Mapping[str, Any], Mapping[str, Any]]):
+    """A field that counts in ``on_configure`` only; in later hooks all of it is read-only."""
+
+    @overload
+    def __get__(self, ctx: None, owner: type) -> _ConfigureField: ...
+    @overload
+    def __get__(self, ctx: CallbackCtx, owner: type) -> dict[str, Any]: ...
+    def __get__(self, ctx: CallbackCtx | None, owner: type) -> dict[str, Any] | _ConfigureField:
+        if ctx is None:
+            return self
+        state = ctx._state  # noqa: SLF001 - a field is a part of its context
+        value: dict[str, Any] = state.values[self._name]
+        return value if self._counts(state) else _fixed(value, self._too_late(state))
+
+    def __set__(self, ctx: CallbackCtx, value: Mapping[str, Any]) -> None:
+        state = ctx._state  # noqa: SLF001 - as above
+        if not self._counts(state):
+            raise AttributeError(self._too_late(state))
+        super().__set__(ctx, value)
+
+    @staticmethod
+    def _counts(state: CtxState) -> bool:
+        running = state.recorder and state.recorder.running
+        return not running or running.hook == "on_configure"
+
+    def _too_late(self, state: CtxState) -> str:
+        return _blamed(
+            state,
+            f"ctx.{self._name} counts in on_configure only, before Serve reserves anything; set it "
+            f"there, or set {self._name} of the LLMConfig",
+        )
+
+
 def _blamed(state: CtxState, text: str) -> str:
     """Return an error's text with the name of the callback that is running, if one is."""
     running = state.recorder and state.recorder.running
@@ -249,6 +311,45 @@ def _parse_dict(value: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
+class _Fixed:
+    """Refuses each change of a container with an AttributeError that says why."""
+
+    why = ""
+
+    def refuse(self, *_: object, **__: object) -> Any:
+        raise AttributeError(self.why)
+
+    __setitem__ = __delitem__ = clear = pop = refuse
+
+
+class _FixedDict(_Fixed, dict[Any, Any]):
+    popitem = setdefault = update = __ior__ = _Fixed.refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class _FixedList(_Fixed, list[Any]):
+    append = extend = insert = remove = reverse = sort = _Fixed.refuse
+    __iadd__ = __imul__ = _Fixed.refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+def _fixed(value: Any, why: str) -> Any:
+    """Return a copy of dicts and lists, and of those in them, that refuses each change."""
+    made: Any
+    if isinstance(value, dict):
+        made = _FixedDict({key: _fixed(item, why) for key, item in value.items()})
+    elif isinstance(value, list):
+        made = _FixedList(_fixed(item, why) for item in value)
+    else:
+        return value
+    made.why = why
+    return made
+
+
 def _parse_placement_group(value: PlacementGroup | None) -> PlacementGroup | None:
     # Ray is not imported for this check: whoever has a placement group has imported it.
     if value is not None and not (hasattr(value, "id") and hasattr(value, "bundle_specs")):
@@ -259,7 +360,7 @@ def _parse_placement_group(value: PlacementGroup | None) -> PlacementGroup | Non
 
 
 class CallbackCtx:
-    """The state of one node initialization; hooks read and change it.
+    """The state of one start of a replica; hooks read and change it.
 
     Every assignment is checked at once. On the replica's own node all hooks share one context;
     each other node gets a copy. ``CallbackCtx(llm_config=config)`` makes one for a test, without
@@ -276,15 +377,22 @@ class CallbackCtx:
         placement_group: The Ray placement group whose nodes are initialized. None until a
             callback sets it or, after ``on_before_init``, the default one is created; inside a
             Serve replica it is Serve's from the start.
-        runtime_env: The runtime environment of the node processes and the engine's workers.
+        placement_group_config: The bundles and the strategy that Serve reserves for a replica, as
+            the ``LLMConfig`` has them. It counts in ``on_configure``; later it is read-only.
+        runtime_env: The runtime environment of the replica (as ``on_configure`` leaves it), of the
+            node processes and of the engine's workers.
         extra_init_kwargs: Merged into the engine's keyword arguments before the engine starts.
         custom_data: The callbacks' own shared state.
         handled: What a callback returned from ``on_before_init`` to take over the initialization,
             with that callback's name and whom it skips; None if none did. What ended
             ``on_before_download`` is in ``nodes``. Read-only.
+        process: The process this call runs in: its role, its rank where it has one, its id.
+            Read-only.
         node: The node this call runs on. Read-only.
         nodes: By node id, what each node's initialization left; empty before the downloads.
             Read-only.
+        engine: vLLM's client of the engine, in ``on_engine_ready`` and ``on_shutdown``; earlier it
+            raises a ``RuntimeError``. Read-only.
         log: The logger of the callback that runs, named after it. In a replica its records are in
             the replica's log, on another node in that of the worker process. Read-only.
         trace: Who ran, where, how long, and what each one changed. Read-only.
@@ -302,6 +410,7 @@ class CallbackCtx:
     placement_group = _Field["PlacementGroup | None", "PlacementGroup | None"](
         _parse_placement_group
     )
+    placement_group_config = _ConfigureField(_parse_dict)
     runtime_env = _Field[dict[str, Any], dict[str, Any]](_parse_dict)
     extra_init_kwargs = _Field[dict[str, Any], dict[str, Any]](_parse_dict)
     custom_data = _Field[dict[str, Any], dict[str, Any]](_parse_dict)
@@ -311,20 +420,28 @@ class CallbackCtx:
         *,
         llm_config: Any,
         node: NodeInfo | None = None,
+        process: ProcessInfo | None = None,
         local_node_download_model: DownloadMode = NodeModelDownloadable.MODEL_AND_TOKENIZER,
         worker_node_download_model: DownloadMode = NodeModelDownloadable.MODEL_AND_TOKENIZER,
         placement_group: PlacementGroup | None = None,
+        placement_group_config: dict[str, Any] | None = None,
         runtime_env: dict[str, Any] | None = None,
         extra_init_kwargs: dict[str, Any] | None = None,
         custom_data: dict[str, Any] | None = None,
         nodes: Mapping[str, NodeResult] | None = None,
         handled: Handled | None = None,
+        engine: EngineClient | None = None,
     ) -> None:
         node = node or NodeInfo("local", "127.0.0.1", is_local=True)
-        object.__setattr__(self, "_state", CtxState(llm_config, node, dict(nodes or {}), handled))
+        process = process or ProcessInfo()
+        state = CtxState(llm_config, node, process, dict(nodes or {}), handled, engine)
+        object.__setattr__(self, "_state", state)
         self.local_node_download_model = local_node_download_model
         self.worker_node_download_model = worker_node_download_model
         self.placement_group = placement_group
+        self.placement_group_config = (
+            {} if placement_group_config is None else placement_group_config
+        )
         self.runtime_env = {} if runtime_env is None else runtime_env
         self.extra_init_kwargs = {} if extra_init_kwargs is None else extra_init_kwargs
         self.custom_data = {} if custom_data is None else custom_data
@@ -334,6 +451,7 @@ class CallbackCtx:
 
     @property
     def llm_config(self) -> LLMConfig:
+        """The deployment's config; on another node it is loaded at the first access."""
         state = self._state
         if isinstance(state.llm_config, DeferredConfig):
             state.llm_config = state.llm_config.load()
@@ -341,23 +459,41 @@ class CallbackCtx:
 
     @property
     def handled(self) -> Handled | None:
+        """What a callback has returned from ``on_before_init`` to take over; None if none has."""
         return self._state.handled
 
     @property
     def node(self) -> NodeInfo:
+        """The node this call runs on."""
         return self._state.node
 
     @property
+    def process(self) -> ProcessInfo:
+        """The process this call runs in."""
+        return self._state.process
+
+    @property
+    def engine(self) -> EngineClient:
+        """VLLM's client of the engine; only from ``on_engine_ready`` on."""
+        if self._state.engine is None:
+            text = "ctx.engine is there once the engine is up; use it in on_engine_ready"
+            raise RuntimeError(_blamed(self._state, text))
+        return self._state.engine  # type: ignore[no-any-return]
+
+    @property
     def nodes(self) -> Mapping[str, NodeResult]:
+        """By node id, what each node's initialization left; empty before the downloads."""
         return MappingProxyType(self._state.nodes)
 
     @property
     def log(self) -> ContextLogger:
+        """The logger of the callback that runs, named after it."""
         recorder = self._state.recorder
         return ContextLogger() if recorder is None else recorder.log()
 
     @property
     def trace(self) -> Trace:
+        """Who ran, where, how long, and what each call changed."""
         return self._state.trace
 
     @overload

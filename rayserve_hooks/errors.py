@@ -123,15 +123,28 @@ class FailureReport(Exception):  # noqa: N818 - it reports an error
 
 
 class Phase(enum.StrEnum):
-    """The steps of an initialization, as errors and logs name them, in order."""
+    """The steps of a replica's life, as errors and logs name them, in order."""
 
+    CONFIGURE = "configure"
     BEFORE_INIT = "before init"
     PLACEMENT = "placement"
     BEFORE_DOWNLOAD = "before download"
     DOWNLOAD = "download"
     ENGINE_ARGUMENTS = "engine arguments"
     AFTER_INIT = "after init"
+    BEFORE_ENGINE_INIT = "before engine init"
+    ENGINE_START = "engine start"
+    ENGINE_READY = "engine ready"
+    SHUTDOWN = "shutdown"
     CLEAN_UP = "clean-up"
+
+
+_FAILED = {
+    Phase.CONFIGURE: "configuring the deployment failed",
+    Phase.ENGINE_START: "the engine's start failed",
+    Phase.ENGINE_READY: "the engine's start failed",
+    Phase.SHUTDOWN: "the shutdown failed",
+}
 
 
 class HookError(HooksError, RuntimeError):
@@ -146,6 +159,7 @@ class HookError(HooksError, RuntimeError):
         hook: Name of the hook, or None when the step is not a hook.
         node: The node the step ran on, as ``"<node id> (<address>)"``.
         phase: The step that failed, a `Phase`.
+        process: The process it ran in, such as ``"worker 1"``; empty where the hook tells.
         detail: What went wrong.
         advice: What to do about it, where the detail does not say so.
         cleanup_errors: What failed in ``on_init_failed`` afterwards.
@@ -160,6 +174,7 @@ class HookError(HooksError, RuntimeError):
         callback: str | None = None,
         hook: str | None = None,
         advice: str = "",
+        process: str = "",
         cleanup_errors: Sequence[HookError] = (),
     ) -> None:
         self.cleanup_errors = list(cleanup_errors)
@@ -167,6 +182,7 @@ class HookError(HooksError, RuntimeError):
         self.hook = hook
         self.node = node
         self.phase = phase
+        self.process = process
         self.detail = detail
         self.advice = advice
         super().__init__(detail)
@@ -175,11 +191,12 @@ class HookError(HooksError, RuntimeError):
         return "\nthe clean-up failed too: ".join([self._text(), *map(str, self.cleanup_errors)])
 
     def _text(self) -> str:
-        what = "node initialization failed"
+        what = _FAILED.get(self.phase, "node initialization failed")
         if self.callback is not None:
             what = f"callback {self.callback!r} failed in hook {self.hook}"
         advice = f"; {self.advice}" if self.advice else ""
-        return f"{what} on node {self.node} (phase: {self.phase}): {self.detail}{advice}"
+        where = f"{self.node}, {self.process}" if self.process else self.node
+        return f"{what} on node {where} (phase: {self.phase}): {self.detail}{advice}"
 
     def __reduce__(self) -> tuple[object, ...]:
         fields = {name: value for name, value in vars(self).items() if name != "__notes__"}
@@ -205,7 +222,24 @@ def did_you_mean(word: object, known: Iterable[object], *, cutoff: float = 0.6) 
 
 def own_text(error: BaseException) -> str:
     """Return an exception's type, text and notes, as the end of a traceback has them."""
-    return "".join(traceback.format_exception_only(error)).strip()
+    if is_readable(error):
+        return "".join(traceback.format_exception_only(error)).strip()
+    text = f"{type(error).__module__}.{type(error).__qualname__}"
+    with contextlib.suppress(Exception):  # of what it was raised with
+        text += f": {BaseException.__str__(error)}"
+    return text
+
+
+def is_readable(error: BaseException) -> bool:
+    """Return whether Python can format an exception; it asks for notes, as code of its own may be.
+
+    One that it cannot would end the process of whoever prints its traceback.
+    """
+    try:
+        traceback.format_exception_only(error)
+    except Exception:  # such as the RecursionError of a __getattr__
+        return False
+    return True
 
 
 def describe(error: BaseException) -> str:
@@ -219,6 +253,8 @@ def formatted(error: BaseException, limit: int | None = None) -> str:
     It begins with the first frame of others: those of this package that lead to a callback, and
     those of its own errors, say nothing to whoever wrote the callback.
     """
+    if not is_readable(error):
+        return own_text(error)
     report = traceback.TracebackException.from_exception(error, limit=limit)
     for part, shown in _parts(report, error):
         part.stack[:] = _frames_of_others(part.stack, type(shown))
@@ -241,7 +277,8 @@ def _parts(
 
 _OURS = str(Path(__file__).parent)
 _LEADING = re.compile(
-    rf"{re.escape(_OURS)}/(?!impls/)|.*/(?:concurrent/futures|importlib|pluggy)/|<frozen importlib"
+    rf"{re.escape(_OURS)}/(?!impls/)|<frozen importlib|"
+    r".*/(?:(?:asyncio|concurrent/futures|importlib|pluggy)/|contextlib\.py$)"
 )
 
 

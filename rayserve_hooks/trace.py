@@ -37,8 +37,7 @@ class TraceEntry:
     Attributes:
         callback: The callback's name.
         hook: The hook's name.
-        role: The process it ran in: ``"replica"``, ``"node"`` (the process of another node) or
-            ``"driver"`` (an initialization outside of Ray Serve).
+        role: The kind of process it ran in; see `rayserve_hooks.context.ProcessInfo`.
         node_id: Ray's id of the node.
         pid: The process id on that node.
         start: When it started, in seconds since the epoch.
@@ -53,6 +52,7 @@ class TraceEntry:
         background: Name of the function it had given to ``ctx.run_in_background``, if the call
             is that one; empty for the hook's own call.
         attempt: 1, or 2 where the process of another node was killed and started again.
+        rank: The process's rank, where it has one.
     """
 
     callback: str
@@ -67,7 +67,13 @@ class TraceEntry:
     reason: str = ""
     background: str = ""
     attempt: int = 1
+    rank: int | None = None
     _started: float = field(default_factory=time.perf_counter, repr=False, compare=False)
+
+    @property
+    def process(self) -> str:
+        """The process it ran in, with its rank if it has one, such as ``"worker 1"``."""
+        return self.role if self.rank is None else f"{self.role} {self.rank}"
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -80,6 +86,7 @@ class TraceEntry:
         return time.perf_counter() - self._started
 
     def finish(self, outcome: str) -> None:
+        """Note the end of the call; only its first end counts."""
         if self.duration_s is None:  # a call that was given up on may still end
             self.duration_s = self.running_s
             if self.outcome == "running":  # not set by the call itself
@@ -87,7 +94,7 @@ class TraceEntry:
 
 
 class Trace(list[TraceEntry]):
-    """The calls of one initialization, in the order in which they started, node after node."""
+    """The calls of one start, in the order in which they started, process after process."""
 
     def __repr__(self) -> str:
         return f"<Trace of {len(self)} calls>\n{self.table()}"
@@ -112,7 +119,7 @@ def _row(entry: TraceEntry) -> tuple[str, ...]:
     return (
         entry.hook,
         f"{entry.callback}{background}",
-        entry.role,
+        entry.process,
         str(entry.pid),
         entry.node_id[:8],
         "" if entry.duration_s is None else f"{entry.duration_s * 1000:.1f}",

@@ -1,13 +1,16 @@
+import copy
 import enum
 import inspect
 import os
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from plugins_for_tests import make_ctx, make_manager
+from plugins_for_tests import hook_arguments, make_ctx, make_manager
 
 from rayserve_hooks.context import (
     CallbackCtx,
@@ -16,13 +19,14 @@ from rayserve_hooks.context import (
     NodeInfo,
     NodeModelDownloadable,
     NodeResult,
+    ProcessInfo,
 )
 from rayserve_hooks.errors import HookError
 
 MODES = ["MODEL_AND_TOKENIZER", "TOKENIZER_ONLY", "EXCLUDE_SAFETENSORS", "NONE"]
 MODE_FIELDS = ["local_node_download_model", "worker_node_download_model"]
-DICT_FIELDS = ["runtime_env", "extra_init_kwargs", "custom_data"]
-READ_ONLY = ["llm_config", "handled", "log", "node", "nodes", "trace"]
+DICT_FIELDS = ["placement_group_config", "runtime_env", "extra_init_kwargs", "custom_data"]
+READ_ONLY = ["engine", "handled", "llm_config", "log", "node", "nodes", "process", "trace"]
 
 OtherEnum = enum.Enum("OtherEnum", ["ALL"])
 ForeignMode = enum.Enum("ForeignMode", MODES)  # type: ignore[misc]
@@ -180,7 +184,8 @@ def test_a_read_only_field_says_what_may_be_changed(field: str) -> None:
     ctx = make_ctx()
     text = (
         f"ctx.{field} is read-only; change one of local_node_download_model, "
-        "worker_node_download_model, placement_group, runtime_env, extra_init_kwargs, custom_data"
+        "worker_node_download_model, placement_group, placement_group_config, runtime_env, "
+        "extra_init_kwargs, custom_data"
     )
     with pytest.raises(AttributeError, match=f"^{re.escape(text)}$"):
         setattr(ctx, field, {})
@@ -268,8 +273,8 @@ def test_repr_shows_keys_but_no_values_of_dicts() -> None:
         "CallbackCtx(node=n1 (10.0.0.1), "
         "local_node_download_model=NodeModelDownloadable.MODEL_AND_TOKENIZER, "
         "worker_node_download_model=NodeModelDownloadable.MODEL_AND_TOKENIZER, "
-        "placement_group=None, runtime_env=['env_vars'], extra_init_kwargs=['api_key'], "
-        "custom_data=['password'], nodes=[])"
+        "placement_group=None, placement_group_config=[], runtime_env=['env_vars'], "
+        "extra_init_kwargs=['api_key'], custom_data=['password'], nodes=[])"
     )
 
 
@@ -321,11 +326,13 @@ def test_every_read_write_field_is_an_argument() -> None:
     assert arguments == {
         *MODE_FIELDS,
         *DICT_FIELDS,
+        "engine",
         "handled",
         "llm_config",
         "node",
         "nodes",
         "placement_group",
+        "process",
     }
 
 
@@ -369,3 +376,81 @@ def test_handled_refuses_a_reason_that_is_no_string() -> None:
 def test_handled_is_frozen() -> None:
     with pytest.raises(AttributeError, match="cannot assign to field 'model_path'"):
         Handled("/a").model_path = "/b"  # type: ignore[misc]
+
+
+GROUP = {"bundles": [{"GPU": 1}], "strategy": "PACK"}
+TOO_LATE = (
+    "ctx.placement_group_config counts in on_configure only, before Serve reserves anything; set "
+    "it there, or set placement_group_config of the LLMConfig"
+)
+
+
+def run_in(hook: str, change: Callable[[CallbackCtx], object]) -> CallbackCtx:
+    """Call a callback named 'mine' in a hook, which changes a context with a group's config."""
+    ctx = make_ctx(placement_group_config={"bundles": [{"GPU": 1}], "strategy": "PACK"})
+
+    class Changes:
+        pass
+
+    setattr(Changes, hook, lambda self, ctx: change(ctx))
+    manager = make_manager({"callback": Changes(), "name": "mine"})
+    getattr(manager.hook, hook)(**hook_arguments(hook, ctx))
+    return ctx
+
+
+def assigns(ctx: CallbackCtx) -> None:
+    ctx.placement_group_config = {"bundles": [{"GPU": 2}]}
+
+
+def adds_a_bundle(ctx: CallbackCtx) -> None:
+    ctx.placement_group_config["bundles"].append({"GPU": 1})
+
+
+def changes_a_bundle(ctx: CallbackCtx) -> None:
+    ctx.placement_group_config["bundles"][0]["GPU"] = 2
+
+
+def updates(ctx: CallbackCtx) -> None:
+    ctx.placement_group_config.update(strategy="SPREAD")
+
+
+@pytest.mark.parametrize("change", [assigns, adds_a_bundle, changes_a_bundle, updates])
+def test_the_groups_config_counts_in_on_configure(change: Callable[[CallbackCtx], object]) -> None:
+    ctx = run_in("on_configure", lambda ctx: change(ctx) and None)
+    assert ctx.placement_group_config != GROUP
+
+
+@pytest.mark.parametrize("change", [assigns, adds_a_bundle, changes_a_bundle, updates])
+@pytest.mark.parametrize("hook", ["on_before_init", "on_before_engine_init", "on_engine_ready"])
+def test_later_the_groups_config_says_where_to_set_it(
+    hook: str, change: Callable[[CallbackCtx], object]
+) -> None:
+    with pytest.raises(HookError) as caught:
+        run_in(hook, change)
+    assert str(caught.value.__cause__) == f"callback 'mine': {TOO_LATE}"
+
+
+def test_later_the_groups_config_can_be_read_and_copied() -> None:
+    read: list[Any] = []
+    run_in("on_before_init", lambda ctx: read.append(ctx.placement_group_config))
+    assert read == [GROUP]
+    for copied in (copy.deepcopy(read[0]), pickle.loads(pickle.dumps(read[0]))):
+        assert type(copied) is dict
+        assert type(copied["bundles"]) is list
+        copied["bundles"].append({})
+
+
+def test_before_the_engine_is_up_there_is_none() -> None:
+    text = r"^ctx.engine is there once the engine is up; use it in on_engine_ready$"
+    with pytest.raises(RuntimeError, match=text):
+        _ = make_ctx().engine
+    with pytest.raises(HookError, match=r"callback 'mine': ctx\.engine is there once"):
+        run_in("on_after_init", lambda ctx: ctx.engine)
+    engine: Any = object()
+    assert make_ctx(engine=engine).engine is engine
+
+
+def test_a_process_says_its_role_and_rank() -> None:
+    assert str(make_ctx().process) == "driver"
+    assert make_ctx().process.pid == os.getpid()
+    assert str(ProcessInfo("worker", 0)) == "worker 0"

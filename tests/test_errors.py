@@ -15,6 +15,7 @@ from rayserve_hooks.errors import (
     RemoteCause,
     describe,
     did_you_mean,
+    formatted,
 )
 
 NODE = "n1 (10.0.0.1)"
@@ -146,6 +147,19 @@ def test_fields_and_text_survive_pickling() -> None:
     assert copy.__cause__ is None
 
 
+@pytest.mark.parametrize(
+    ("phase", "text"),
+    [
+        (Phase.CONFIGURE, "configuring the deployment failed on node n1 (10.0.0.1) (phase: conf"),
+        (Phase.ENGINE_START, "the engine's start failed on node n1 (10.0.0.1) (phase: engine sta"),
+        (Phase.ENGINE_READY, "the engine's start failed on node n1 (10.0.0.1) (phase: engine rea"),
+        (Phase.SHUTDOWN, "the shutdown failed on node n1 (10.0.0.1) (phase: shutdown)"),
+    ],
+)
+def test_the_text_says_which_part_of_a_life_has_failed(phase: Phase, text: str) -> None:
+    assert str(HookError(node=NODE, phase=phase, detail="no memory")).startswith(text)
+
+
 def test_a_phase_is_its_name_and_stays_a_phase() -> None:
     phase = sent(hook_error()).phase
     assert phase is Phase.BEFORE_INIT
@@ -154,12 +168,17 @@ def test_a_phase_is_its_name_and_stays_a_phase() -> None:
 
 def test_phases_are_listed_in_order() -> None:
     assert list(Phase) == [
+        "configure",
         "before init",
         "placement",
         "before download",
         "download",
         "engine arguments",
         "after init",
+        "before engine init",
+        "engine start",
+        "engine ready",
+        "shutdown",
         "clean-up",
     ]
 
@@ -270,6 +289,18 @@ def test_a_long_text_is_cut_between_words() -> None:
     text = describe(ValueError(words))
     assert len(text) < 20_100
     assert set(re.findall(r"word\S*", text)) < set(words.split())
+
+
+class RecursesError(Exception):
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
+def test_an_error_that_python_cannot_format_keeps_its_name() -> None:
+    error = RecursesError("no such bucket")
+    text = f"{__name__}.RecursesError: no such bucket"
+    assert describe(error) == formatted(error) == text
+    assert str(sent(raised_from(error)).__cause__) == text
 
 
 def test_describe_reads_like_the_last_line_of_a_traceback() -> None:

@@ -8,7 +8,8 @@ from plugins_for_tests import run_script
 
 import rayserve_hooks
 
-NEED_RAY = {"HooksCallback", "LLMConfig", "initialize_node"}
+BUILDERS = {"build_dp_openai_app", "build_openai_app", "build_pd_openai_app"}
+NEED_RAY = BUILDERS | {"HooksCallback", "LLMConfig", "SGLangServer", "initialize_node"}
 HEAVY = "{'pydantic', 'ray', 'torch', 'vllm'}"
 LIGHT = sorted(set(rayserve_hooks.__all__) - NEED_RAY)
 

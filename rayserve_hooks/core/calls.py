@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core import threads
 from rayserve_hooks.core.failures import Blame, settle
-from rayserve_hooks.core.hooks import CLEAN_UP, FIRST_RESULT, HOOK_PARAMETERS
+from rayserve_hooks.core.hooks import FIRST_RESULT, HOOK_PARAMETERS, REVERSED
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.hookspecs import RayServeLLMCallback
 
@@ -89,8 +89,8 @@ def wrapper_call(function: Callable[..., Any], blame: Blame) -> Callable[..., An
                 if isinstance(result, Handled) and result is not inner:
                     outcome = "handled"
                     recorder.note_handled(entry, result, blame.kwargs)
-                # Of a clean-up, what failed inside is the result, whatever a wrapper returns.
-                return (inner or []) if hook == CLEAN_UP else result
+                # Of a reversed hook what failed inside is the result, whatever a wrapper returns.
+                return (inner or []) if hook in REVERSED else result
             except BaseException as error:  # as above
                 if _is_given_up(error):
                     raise

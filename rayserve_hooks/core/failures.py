@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rayserve_hooks.context import CallbackCtx, NodeInfo
-from rayserve_hooks.core.hooks import CLEAN_UP, PHASES
+from rayserve_hooks.core.hooks import ENGINE_PROCESS, PHASES, REVERSED
 from rayserve_hooks.core.log import call_fields, logger
 from rayserve_hooks.core.masked_errors import masked
 from rayserve_hooks.core.masking import redact
@@ -70,9 +70,10 @@ def settle(
 ) -> HookError | None:
     """Raise what a callback raised in a call as a `HookError`, or log it where the config says so.
 
-    A failed clean-up is logged and returned: a list of these is what that hook call returns.
+    A failed clean-up or shutdown is logged and returned: a list of these is what that hook call
+    returns.
     """
-    cleaning_up = blame.hook == CLEAN_UP
+    cleaning_up = blame.hook in REVERSED
     goes_on = blame.goes_on_after(error)
     if isinstance(error, HookError) and not (goes_on or cleaning_up or blame.what):
         raise error  # of a hook called by this callback; it names who failed already
@@ -96,6 +97,7 @@ def hook_error(error: BaseException, ctx: CallbackCtx, blame: Blame) -> HookErro
         hook=blame.hook,
         node=str(ctx.node),
         phase=PHASES[blame.hook],
+        process=str(ctx.process) if blame.hook == ENGINE_PROCESS else "",
         detail=blame.what + redact(describe(error), *values),
         advice=_advice(error, blame),
     )
@@ -108,10 +110,13 @@ def _advice(error: BaseException, blame: Blame) -> str:
     if isinstance(error, HooksError):
         return ""
     # A failed clean-up is logged, whatever on_error says; one that warns is, too.
-    may_warn = blame.configured and not blame.warns and blame.hook != CLEAN_UP
+    counts = blame.configured and blame.hook not in REVERSED
+    may_warn = counts and not blame.warns
     if isinstance(error, Exception):
         return _FIX + (_OR_WARN if may_warn else "")
-    return _RAISE_ANOTHER + (_WHICH_COUNTS if blame.configured and blame.hook != CLEAN_UP else "")
+    return _RAISE_ANOTHER + (
+        _WHICH_COUNTS if blame.configured and blame.hook not in REVERSED else ""
+    )
 
 
 def step_error(

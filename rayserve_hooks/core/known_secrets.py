@@ -24,6 +24,7 @@ from rayserve_hooks.core.secret_texts import given_away, names_place, names_secr
 _SHORTEST_SECRET = 6  # replacing a shorter one would only garble the text
 _SHORTEST_LINE = 12
 _LONGEST_LOOKED_INTO = 20_000
+_MOST_TEXT = 1_000_000  # of all values together, in which secrets are looked for
 _MOST_VALUES = 100_000
 _MOST_ITEMS = 10_000  # of one container, or a long one would take all
 # A client of a library, but not what that holds: such as a model of its service, which has the
@@ -57,12 +58,14 @@ def secrets_among(among: Iterable[object]) -> Iterator[str]:
     homes = set(map(_package, itertools.chain(values, *mappings))) - {"builtins"}
     waiting = deque((value, False, 0) for value in values)
     seen: set[int] = set()
+    left = _MOST_TEXT
     for _ in range(_MOST_VALUES):
         if not waiting:
             return
         value, secret, foreign = waiting.popleft()
         text, kind = _text_of(value), type(value)
-        if text is not None:
+        if text is not None and (secret or left > 0):
+            left -= min(len(text), _LONGEST_LOOKED_INTO)
             yield from _in_text(text, secret)
         if kind in _PLAIN or issubclass(kind, _LEAVES) or id(value) in seen:
             continue
@@ -138,7 +141,10 @@ def _held(value: Any) -> _Held:
 def _items(value: Any) -> _Held:
     kind = type(value)
     if issubclass(kind, dict):
-        yield from dict.copy(value).items()  # another thread may change it
+        items_now = dict.copy(value)  # another thread may change it
+        yield from items_now.items()
+        if "value" in items_now:  # an item of a container's environment
+            yield items_now.get("name", items_now.get("key")), items_now["value"]
     for iterable in _ITERABLES:
         if issubclass(kind, iterable):
             items: list[object] = []

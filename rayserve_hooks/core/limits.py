@@ -24,11 +24,20 @@ class TimeLimits:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic's name for its settings
 
+    on_configure: float | None = _seconds("all on_configure callbacks together", 300.0)
     on_before_init: float | None = _seconds("all on_before_init callbacks together", 1800.0)
     on_before_download: float | None = _seconds(
         "all on_before_download callbacks together, on each node"
     )
     on_after_init: float | None = _seconds("all on_after_init callbacks together", 1800.0)
+    on_before_engine_init: float | None = _seconds(
+        "all on_before_engine_init callbacks together, in each process", 600.0
+    )
+    on_engine_ready: float | None = _seconds("all on_engine_ready callbacks together", 1800.0)
+    on_shutdown: float | None = _seconds(
+        "all on_shutdown callbacks together; Serve's graceful_shutdown_timeout_s ends them, too",
+        15.0,
+    )
     on_init_failed: float | None = _seconds(
         "all on_init_failed callbacks together, in each process", 60.0
     )

@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,14 +185,44 @@ def installed() -> dict[str, list[importlib.metadata.EntryPoint]]:
     """Return all that is installed under each short name; the first is the one it means."""
     found: dict[str, list[importlib.metadata.EntryPoint]] = {}
     # In the order of sys.path, so that the first is the one that an import would find.
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+    try:
+        entry_points = list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+    except Exception:  # anybody's distribution can be broken in its own way
+        entry_points = [entry_point for _, read in _one_by_one() for entry_point in read or ()]
+    for entry_point in entry_points:
         found.setdefault(entry_point.name, []).append(entry_point)
     return found
 
 
+def unreadable() -> Iterator[tuple[importlib.metadata.Distribution, Exception]]:
+    """Yield the distributions whose entry points cannot be read, each with the reason."""
+    for distribution, read in _one_by_one():
+        if read is None:
+            try:
+                _ = distribution.entry_points
+            except Exception as error:  # as above
+                yield distribution, error
+
+
+def _one_by_one() -> Iterator[
+    tuple[importlib.metadata.Distribution, importlib.metadata.EntryPoints | None]
+]:
+    """Yield each distribution with its entry points of our group; None if they cannot be read."""
+    seen: set[str] = set()
+    for distribution in importlib.metadata.distributions():
+        name, read = "", None
+        with contextlib.suppress(Exception):  # as above
+            name = re.sub(r"[-_.]+", "-", distribution.name).lower()
+        if name and name in seen:  # an import finds the first
+            continue
+        seen.add(name)
+        with contextlib.suppress(Exception):
+            read = distribution.entry_points.select(group=ENTRY_POINT_GROUP)
+        yield distribution, read
+
+
 def _import(module_name: str, target: str) -> ModuleType:
-    failed = f"callback {target!r}: importing module {module_name!r} failed"
-    with explained(failed):
+    with explained(f"callback {target!r}: importing module {module_name!r} failed"):
         try:
             return importlib.import_module(module_name)
         except ModuleNotFoundError as error:

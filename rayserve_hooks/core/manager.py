@@ -19,7 +19,7 @@ from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core import _pluggy
 from rayserve_hooks.core.calls import plain_call, wrapper_call
 from rayserve_hooks.core.failures import Blame, OwnFailures
-from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS, PHASES
+from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS, PHASES, REVERSED
 from rayserve_hooks.core.inspection import (
     HookFunction,
     hook_functions,
@@ -120,8 +120,8 @@ class PluginManager(pluggy.PluginManager):
         for entry, plugin in reversed(stack.build(construct)):
             self.register(plugin, entry.name)
         for hook in HOOKS:
-            # Cleaning up goes the other way.
-            groups = ("tryfirst", "") if hook == CLEAN_UP else ("trylast",)
+            # Cleaning up and shutting down go the other way.
+            groups = ("tryfirst", "") if hook in REVERSED else ("trylast",)
             _pluggy.reverse_groups(getattr(self.hook, hook), *groups)
 
     def register(self, plugin: Any, name: str | None = None) -> str | None:
@@ -276,7 +276,7 @@ class PluginManager(pluggy.PluginManager):
 
         A callback that has no other hook counts as started.
         """
-        others = [order for hook, order in self.run_order().items() if hook != CLEAN_UP]
+        others = [order for hook, order in self.run_order().items() if hook not in REVERSED]
         idle = set().union(*others) - set(started)
         plugins = [plugin for name, plugin in self.list_name_plugin() if name in idle]
         failures = list(self.subset_hook_caller(CLEAN_UP, plugins)(ctx=ctx, error=error))

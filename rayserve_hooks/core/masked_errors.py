@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from rayserve_hooks.core.masking import Masker
 from rayserve_hooks.core.secret_texts import MASK, names_secret
-from rayserve_hooks.errors import RemoteCause, formatted, own_text, shortened
+from rayserve_hooks.errors import RemoteCause, formatted, is_readable, own_text, shortened
 
 _DEEPEST = 50  # of causes, groups and arguments; what is deeper is left out
+_LONGEST = 100_000  # of all that the copies of one exception hold
+_LEFT_OUT = "... (left out)"
 
 
 def masked(error: BaseException, *values: object) -> BaseException:
@@ -35,6 +38,7 @@ class _Copies:
     def __init__(self, masker: Masker) -> None:
         self._masker = masker
         self._made: dict[int, BaseException | None] = {}
+        self._left = _LONGEST
 
     def of(self, error: BaseException | None, depth: int = 0) -> BaseException | None:
         if error is None or depth > _DEEPEST:
@@ -47,12 +51,16 @@ class _Copies:
     def _masked(self, error: BaseException, depth: int) -> BaseException:
         cause, context = self.of(error.__cause__, depth), self.of(error.__context__, depth)
         members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        if not is_readable(error):
+            stand_in = RemoteCause(self._masker.text(shortened(own_text(error))))
+            stand_in.__cause__, stand_in.__context__ = cause, context
+            return stand_in
         text, frames = own_text(error), "".join(traceback.format_tb(error.__traceback__))
-        short = shortened(text)
+        short, shows_more = shortened(text), self._shows_more(error)
         clean = self._masker.text(short)
         clean_frames = self._masker.source(frames)
         if (
-            (clean, clean_frames) == (text, frames)
+            (clean, clean_frames, shows_more) == (text, frames, False)
             and cause is error.__cause__
             and context is error.__context__
             and all(self.of(member, depth) is member for member in members)
@@ -75,8 +83,10 @@ class _Copies:
             # Any class can refuse in its own way, or exit.
             with contextlib.suppress(BaseException):
                 copy = self._rebuilt(error, change, depth)
+                if self._shows_more(copy):
+                    continue
                 text = own_text(copy)
-                if text == clean:
+                if _unmarked(text) == _unmarked(clean):
                     return copy
                 # A long one is cut in its arguments, which is not where its whole text is cut.
                 if cut and len(text) < 2 * len(clean) and self._masker.text(text) == text:
@@ -86,6 +96,13 @@ class _Copies:
             stand_in.add_note(self._masker.text(formatted(error, limit=0)))
         return stand_in
 
+    def _shows_more(self, error: BaseException) -> bool:
+        """Return whether its repr, which a log may have, shows a secret."""
+        with contextlib.suppress(BaseException):  # as above
+            text = shortened(repr(error))
+            return self._masker.text(text) != text
+        return False
+
     def _rebuilt(
         self, error: BaseException, change: Callable[[Any], Any], depth: int
     ) -> BaseException:
@@ -93,11 +110,12 @@ class _Copies:
         cls = type(error)
         builtin: Any = next(base for base in cls.__mro__ if base.__module__ == "builtins")
         # Of an OSError these are more than its args.
-        args = change(tuple(builtin.__reduce__(error)[1]))
+        given = builtin.__reduce__(error)[1]
+        args = change(given)
         copy: BaseException = cls.__new__(cls, *args)
         builtin.__init__(copy, *args)
         if not isinstance(error, BaseExceptionGroup):
-            copy.args = change(error.args)
+            copy.args = args if given is error.args else change(error.args)
         for name, value in vars(error).items():
             copy.__dict__[name] = MASK if names_secret(name) else self._value(value, depth, False)
         return copy
@@ -105,20 +123,26 @@ class _Copies:
     def _value(self, value: Any, depth: int, shown: bool = True) -> Any:
         """Return what an exception holds, masked as its text is; what is ``shown``, of any type."""
         kind = type(value)
-        if kind is str:
-            return self._masker.text(shortened(value))
-        if kind is bytes:
-            return self._masker.text(shortened(value.decode("latin-1"))).encode("latin-1")
+        if kind in (str, bytes):
+            return self._text(value)
         if kind is dict and depth < _DEEPEST:
             return {
                 key: MASK if names_secret(key) else self._value(item, depth + 1, shown)
                 for key, item in value.items()
             }
         if kind in (list, tuple, set) and depth < _DEEPEST:
-            return kind(self._value(item, depth + 1, shown) for item in value)
+            items = [self._value(item, depth + 1, shown) for item in value if self._left > 0]
+            return kind(items if len(items) == len(value) else [*items, _LEFT_OUT])
         if isinstance(value, BaseException):
             return self.of(value, depth)
         return self._described(value) if shown and kind not in _PLAIN else value
+
+    def _text(self, value: str | bytes) -> str | bytes:
+        text = value if isinstance(value, str) else value.decode("latin-1")
+        text = shortened(text) if self._left > 0 else _LEFT_OUT
+        self._left -= len(text)
+        clean = self._masker.text(text)
+        return clean if isinstance(value, str) else clean.encode("latin-1")
 
     def _described(self, value: object) -> object:
         texts = shortened(str(value)), shortened(repr(value))
@@ -126,6 +150,12 @@ class _Copies:
         return value if clean == texts else _Described(*clean)
 
 
+def _unmarked(text: str) -> str:
+    """Return a text without the marks below a line of source, which may be as long as the line."""
+    return _MARKS.sub("", text)
+
+
+_MARKS = re.compile(r"^[ ~]*\^[ ~^]*\n?", re.MULTILINE)
 _PLAIN = (int, bool, float, complex, type(None))
 
 

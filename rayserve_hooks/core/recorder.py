@@ -42,13 +42,12 @@ class Recorder:
         self,
         ctx: CallbackCtx,
         *,
-        role: str = "driver",
         attempt: int = 1,
         on_call: Callable[[TraceEntry], None] | None = None,
     ) -> None:
         self._state = ctx._state  # noqa: SLF001 - the link of the two
         self._state.recorder = self
-        self._role, self._attempt, self._on_call = role, attempt, on_call
+        self._attempt, self._on_call = attempt, on_call
         self._conflicts: dict[str, str] = {}
         self.running: TraceEntry | None = None  # the innermost call
         self.assigned: set[str] = set()  # the fields that callbacks have assigned
@@ -169,6 +168,15 @@ class Recorder:
         self._state.values.update(values)
         self._before = seen(self.values)
 
+    def begin_with(self, calls: Sequence[TraceEntry]) -> None:
+        """Put calls of an earlier process in front, for the trace and for conflicts."""
+        self._state.trace.extend(calls)
+        for call in calls:
+            self._conflicts.update(dict.fromkeys(call.changed, call.callback))
+
+    def set_engine(self, engine: object) -> None:
+        self._state.engine = engine
+
     def set_nodes(self, results: Mapping[str, NodeResult]) -> None:
         self._state.nodes.update(results)
 
@@ -180,9 +188,15 @@ class Recorder:
             self._state.nodes[node_id] = dataclasses.replace(here, custom_data=custom_data)
 
     def _entry(self, callback: str, hook: str, background: str = "") -> TraceEntry:
-        node_id, attempt = self._state.node.id, self._attempt
+        process = self._state.process
         entry = TraceEntry(
-            callback, hook, self._role, node_id, background=background, attempt=attempt
+            callback,
+            hook,
+            process.role,
+            self._state.node.id,
+            background=background,
+            attempt=self._attempt,
+            rank=process.rank,
         )
         self._state.trace.append(entry)
         return entry

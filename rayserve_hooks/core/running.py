@@ -23,9 +23,15 @@ T = TypeVar("T")
 _POLL_S = 0.5
 
 
-async def call_hook(manager: PluginManager, hook: str, ctx: CallbackCtx) -> Any:
-    """Return a hook's result; it runs in a thread, within its time limit."""
-    limit = getattr(manager.stack.time_limits, hook)
+async def call_hook(
+    manager: PluginManager, hook: str, ctx: CallbackCtx, longest: float | None = None
+) -> Any:
+    """Return a hook's result; it runs in a thread, within its time limit.
+
+    ``longest`` is a limit of others, such as Serve's grace, for a config that allows more.
+    """
+    limits = (getattr(manager.stack.time_limits, hook), longest)
+    limit = min((limit for limit in limits if limit is not None), default=None)
     async with time_limit(hook, limit, ctx, PHASES[hook]):
         return await threads.run_in_thread(getattr(manager.hook, hook), ctx=ctx)
 

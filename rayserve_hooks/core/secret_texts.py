@@ -51,8 +51,8 @@ def names_place(key: Any, value: Any) -> bool:
 _KEY = re.compile(
     r"""
     (?<!callback\ ['"])  # which names one in our own texts
-    (?:(?P<option>(?<![\w-])--)|(?<![\w-]))(?P<name>[A-Za-z_][\w-]{0,99})
-    (?:(?:\\*["'])?\]?\s{0,3}(?P<separator>=>|:=|==?|:(?!//)|%3D|\\u003d)\s{0,3}|(?P<blank>[ ]))
+    (?:(?P<option>(?<![\w-])--?)|(?<![\w-]))(?P<name>[A-Za-z_][\w-]{0,99})
+    (?:(?:\\*["'])?\]?\s{0,3}(?P<separator>[=-]>|:=|==?|:(?!//)|%3D|\\u003d)\s{0,3}|(?P<blank>[ ]))
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -62,12 +62,35 @@ _VALUE = re.compile(
     r"""
       [bru]?(?P<q>\\*["'])(?P<quoted>(?:(?!(?P=q))(?:\\.|.))*)
     | (?P<braces>\[[^\[\]]*\]|\{[^{}]*\}|[A-Za-z][\w.]*\([^()\n]*\))
-    | (?P<line>(?:AWS4\S*|Digest|SharedKey\w*)\s+[^\r\n"']+)
+    | (?P<line>(?:AWS4\S*|Digest|SharedKey\w*)\s+(?:"[^"\r\n]*"|[^\r\n"'])+)
+    | (?P<block>[|>][+-]?[ \t]*(?:\n[ \t]+\S[^\n]*)+)  # of YAML
     | (?:Bearer|Basic|Token|ApiKey|Key|Negotiate|Splunk)\s+(?P<credentials>[^\s"',;)\]}>]+)
     | (?P<field>[^;'"\n]+)(?=;\s?[A-Za-z][\w ]{0,40}=)  # of a connection string
     | (?P<plain>[^\s;&'"<>]+)
     """,
     re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+_NAME_AND_VALUE = re.compile(  # in XML's attributes, and in the environment of a container
+    r"""
+    \b(?:key|name)(?:\\*["'])?\s*[=:]\s*(?P<n>\\*["']|)(?P<name>[\w.-]{1,99})(?P=n)[\s,]+
+    (?:\\*["'])?value(?:\\*["'])?\s*[=:]\s*
+    (?:b?(?P<q>\\*["'])(?P<quoted>(?:(?!(?P=q)).)*)|(?P<plain>[^\s,;<>}"']+))
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_ELEMENT = re.compile(r"<(?P<name>[A-Za-z_][\w.:-]{0,99})(?:\s[^<>]*)?>(?P<value>[^<>]+)</")
+_REFUSED = re.compile(  # as those who refuse one write it
+    r"""
+    (?i:\b(?:passw(?:or)?d|passphrase|(?:api|access|secret)[ _-]?key|(?:access|auth)[ _-]token)
+    (?:\ (?:is|was|provided))?:?\ )
+    (?:(?P<q>\\*["'])(?P<quoted>[^\s"'\\]{6,})(?P=q)
+    | (?=[^\s"',;]*\d)(?=[^\s"',;]*[A-Za-z])(?P<plain>[^\s"',;]{8,}))
+    """,
+    re.VERBOSE,
+)
+_FIELD = re.compile(  # as pydantic refuses one
+    r"^(?P<name>\S.*)\n  .*\[type=\w+, input_value=(?P<value>.*), input_type=\w+\]$",
+    re.MULTILINE,
 )
 _LINE = re.compile(r"""[^\r\n"'\\]*""")
 _NOTHING = re.compile(r"(?:none|null|true|false|\.\.\.|\*+)?", re.IGNORECASE)
@@ -90,6 +113,10 @@ def _named(text: str, quoted: bool) -> Iterator[Span]:
             end = value.end() + len(value["q"] or "")
             if _PAIR_ENDS.match(text, end):
                 yield value.span("quoted")
+    for match in _NAME_AND_VALUE.finditer(text):
+        kind = match.lastgroup or ""
+        if names_secret(match["name"]) and (kind == "quoted" or not quoted):
+            yield match.span(kind)
 
 
 def _value(text: str, key: re.Match[str]) -> Span | None:
@@ -113,6 +140,20 @@ def _value(text: str, key: re.Match[str]) -> Span | None:
     return begin, end
 
 
+def _told(text: str) -> Iterator[Span]:
+    """Yield the values of what is named as a secret in texts for people and in XML."""
+    for match in _ELEMENT.finditer(text):
+        if names_secret(match["name"]):
+            yield match.span("value")
+    for match in _REFUSED.finditer(text):
+        yield match.span(match.lastgroup or "")
+    for match in _FIELD.finditer(text):
+        # In what pydantic has cut, the name may be gone.
+        cut = "..." in match["value"] and match["value"][0] not in "'\""
+        if cut or any(map(names_secret, match["name"].split("."))):
+            yield match.span("value")
+
+
 _IN_URL = re.compile(
     r"""
     (?P<scheme>[A-Za-z][\w+.-]{0,40})(?:://|%3A%2F%2F)(?!arn:)(?:
@@ -125,11 +166,14 @@ _IN_URL = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_URL = re.compile("://|%3A%2F%2F", re.IGNORECASE)
 # Where what stands before the @ is a container, an account or 'anonymous'.
 _NAMED_STORES = ("s3", "s3a", "s3n", "gs", "gcs", "az", "azure", "adl", "abfs", "abfss", "wasb")
 
 
 def _in_urls(text: str) -> Iterator[Span]:
+    if not _URL.search(text):  # the other expression takes long for long words
+        return
     for match in _IN_URL.finditer(text):
         kind = match.lastgroup or ""
         scheme = re.split(r"[-+._]", match["scheme"].lower())[-1]
@@ -144,12 +188,14 @@ _BEARER = (
     r"(?P<secret>[A-Za-z0-9._~+/=-]{8,})"
 )
 _NETRC = r"\blogin\s+\S+\s+password\s+(?P<secret>\S+)"
+_ORACLE = r":(?:thin|oci):(?P<secret>[^\s@/:]*/[^\s@]+)@"
 _ISSUED = (  # by those who give all of theirs one beginning
     r"\b(?P<secret>hf_[A-Za-z0-9]{16,}|gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
     r"|glpat-[\w-]{16,}|sk-[\w-]{16,}|xox[abeprs]-[\w-]{10,}|A[KS]IA[A-Z0-9]{16}"
-    r"|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
+    r"|(?:npm|gsk|r8|dop_v1|[rs]k_(?:live|test))_[A-Za-z0-9]{16,}|(?:nvapi|pypi)-[\w-]{16,}"
+    r"|(?:hvs|ya29|SG)\.[\w.-]{16,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
 )
-_SHAPES = [re.compile(shape, re.DOTALL) for shape in (_PEM, _BEARER, _NETRC, _ISSUED)]
+_SHAPES = [re.compile(shape, re.DOTALL) for shape in (_PEM, _BEARER, _NETRC, _ORACLE, _ISSUED)]
 _QUERY = re.compile(
     r"(?:\?|%3F)(?=[\w.%~\[\]-]{1,99}?(?:=|%3D))[^\s\"'<>]*(?<![),.;:\]}])", re.IGNORECASE
 )
@@ -162,6 +208,8 @@ def given_away(text: str, *, quoted: bool = False) -> Iterator[Span]:
     Of what it names, with ``quoted`` only what is in quotation marks.
     """
     yield from _named(text, quoted)
+    if not quoted:
+        yield from _told(text)
     yield from _in_urls(text)
     for shape in _SHAPES:
         for match in shape.finditer(text):
@@ -175,9 +223,10 @@ def queries(text: str) -> Iterator[Span]:
             yield match.span("value")
 
 
-_GAP = r"(?:\s|\\+[nrt]|%(?:25)*(?:0[9AD]|20)|\+)+"
+_GAP = r"(?:\s|\\{1,8}[nrt]|%(?:25)*(?:0[9AD]|20)|\+)+"
 _ENTITIES = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "apos"}
-_BASE64 = {"+": r"(?:\+|-|%2B)", "/": r"(?:\\*/|_|%2F)"}
+_QUOTED = {"'": r"'(?:'|\\{1,8}''|\"'\"')", '"': '""'}  # in SQL, CSV and shells
+_BASE64 = {"+": r"(?:\+|-|%2B)", "/": r"(?:\\{0,8}/|_|%2F)"}
 _AROUND_BASE64 = re.compile(r"[A-Za-z0-9+=_-]|%3D")
 _SHORTEST_CODED = 7
 
@@ -188,15 +237,59 @@ def occurrences(text: str, secrets: Iterable[str]) -> Iterator[Span]:
     As it is, or quoted, escaped or encoded for a string of Python, JSON, HTML or a URL, and in
     hexadecimal or base64, alone or together with what stands around it.
     """
+    plain, places = _unescaped(text)
     for secret in secrets:
-        for match in re.finditer(_written(secret), text, re.IGNORECASE):
+        yield from _occurrences(text, secret)
+        if plain != text:
+            yield from ((places[a], places[b]) for a, b in _occurrences(plain, secret))
+
+
+_ESCAPE = re.compile(
+    r"""
+      (?:%(?:25)*|\\{1,8}x|\\{1,8}u00|&\#x0*)(?P<hex>[2-7][0-9a-f]|0[9ad]|[9ad](?=;));?
+    | &\#0*(?P<decimal>\d{1,3});
+    | \\{1,8}(?P<octal>[01][0-7]{2})
+    | \\{1,8}x00 | \0  # of UTF-16
+    # In base64; what it begins with comes first, since looking back takes long.
+    | (?=[\\\r\n])(?<=[A-Za-z0-9+/_-]{60})(?:\\{1,8}r|\r)?(?:\\{1,8}n|\n)[ \t]*
+      (?=[A-Za-z0-9+/_=-])
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_BASES = {"hex": 16, "decimal": 10, "octal": 8}
+
+
+def _unescaped(text: str) -> tuple[str, list[int]]:
+    """Return a text without the escapes of what needs none, letters and digits above all.
+
+    And where each of its characters, and its end, is in the text given.
+    """
+    pieces: list[str] = []
+    places: list[int] = []
+    done = 0
+    for match in _ESCAPE.finditer(text):
+        kind = match.lastgroup
+        char = chr(int(match[kind], _BASES[kind])) if kind else ""
+        if not re.fullmatch(r"[\w\s]?", char, re.ASCII):
+            continue
+        pieces += [text[done : match.start()], char]
+        places += [*range(done, match.start()), *([match.start()] if char else [])]
+        done = match.end()
+    if not done:
+        return text, places
+    return "".join([*pieces, text[done:]]), [*places, *range(done, len(text) + 1)]
+
+
+def _occurrences(text: str, secret: str) -> Iterator[Span]:
+    data = secret.encode("utf-8", "surrogatepass")
+    pairs = r"[\s:]?".join(f"{byte:02x}" for byte in data)
+    numbers = r"(?<!\d)" + r",\s*".join(map(str, data)) + r"(?!\d)"
+    for written in (_written(secret), pairs, numbers):
+        for match in re.finditer(written, text, re.IGNORECASE):
             yield match.span()
-        data = secret.encode("utf-8", "surrogatepass")
-        for match in re.finditer(re.escape(data.hex()), text, re.IGNORECASE):
-            yield match.span()
-        for core in _base64_of(data):
-            for match in re.finditer(core, text, re.IGNORECASE):
-                yield _widened(text, *match.span())
+    for core in _base64_of(data):
+        for match in re.finditer(core, text, re.IGNORECASE):
+            yield _widened(text, *match.span())
 
 
 def _written(secret: str) -> str:
@@ -211,15 +304,18 @@ def _forms(char: str) -> str:
     data, number = char.encode("utf-8", "surrogatepass"), ord(char)
     utf_16 = char.encode("utf-16-be", "surrogatepass").hex()
     forms = [
-        r"\\+" if char == "\\" else rf"\\*{re.escape(char)}",
+        r"\\{1,8}" if char == "\\" else rf"\\{{0,8}}{re.escape(char)}",
         "".join(rf"%(?:25)*{byte:02x}" for byte in data),
-        "".join(rf"\\+x{byte:02x}" for byte in data),
-        "".join(rf"\\+u{utf_16[i : i + 4]}" for i in range(0, len(utf_16), 4)),
-        rf"\\+U{number:08x}",
+        "".join(rf"\\{{1,8}}x{byte:02x}" for byte in data),
+        "".join(rf"\\{{1,8}}{byte:03o}" for byte in data),
+        "".join(rf"\\{{1,8}}u{utf_16[i : i + 4]}" for i in range(0, len(utf_16), 4)),
+        rf"\\{{1,8}}U{number:08x}",
         rf"&\#(?:{number}|x0*{number:x});",
     ]
     if number < 256:
-        forms.append(rf"\\+x{number:02x}")
+        forms.append(rf"\\{{1,8}}x{number:02x}")
+    if char in _QUOTED:
+        forms.append(_QUOTED[char])
     if char in _ENTITIES:
         forms.append(f"&{_ENTITIES[char]};")
     return f"(?:{'|'.join(forms)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shlex
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ from rayserve_hooks.core.masking import publish, redact, shown
 from rayserve_hooks.core.recorder import snapshot
 from rayserve_hooks.core.validation import Problem, adapter, described, problems_of
 from rayserve_hooks.errors import CallbackConfigError, Problems, describe, raise_from
+from rayserve_hooks.trace import TraceEntry
 
 _KEYS = ("callback", "kwargs", "name", "on_error", "only_on_cluster")
 
@@ -223,6 +225,21 @@ def kept_by(config: object) -> Kept:
 
 
 @dataclass(frozen=True)
+class Configured:
+    """What ``on_configure`` leaves for each replica, besides what Serve deploys with.
+
+    Args:
+        trace: The calls, with what each one changed.
+        custom_data: ``ctx.custom_data``, pickled key by key.
+        callbacks: Those of the stack that could be built where the app was.
+    """
+
+    trace: tuple[TraceEntry, ...]
+    custom_data: Mapping[str, bytes]
+    callbacks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class CallbackStack:
     """A deployment's callback list: what travels to other processes, where managers are built."""
 
@@ -231,6 +248,7 @@ class CallbackStack:
     time_limits: TimeLimits = field(default_factory=TimeLimits)
     deployment: str = ""  # so that two with the same list share nothing
     adapt: Adapt = no_adapter  # a function that pickles
+    configured: Configured | None = field(default=None, compare=False, repr=False)
     kept: Kept = field(default_factory=Kept, compare=False, repr=False)  # all made of it share it
 
     @classmethod
@@ -288,6 +306,18 @@ class CallbackStack:
         problems.raise_all()
         return plugins
 
+    def way_without(self, name: str | None) -> str:
+        """Return how a start goes without one callback, once; nothing where it cannot.
+
+        The variable keeps what it switches off already.
+        """
+        known = {entry.name for entry in self.entries}
+        if name not in known or "," in name or name != name.strip():
+            return ""
+        off = [text.strip() for text in os.environ.get(DISABLE_VARIABLE, "").split(",")]
+        names = ",".join([*filter(None, off), name])
+        return f"set {DISABLE_VARIABLE}={shlex.quote(names)} to start once without it"
+
     def here(self) -> CallbackStack:
         """Return the stack without the callbacks that can be imported on the cluster only."""
         entries = tuple(entry for entry in self.entries if not entry.only_on_cluster)
@@ -301,13 +331,16 @@ class CallbackStack:
                 entry.freeze(dumps)
         problems.raise_all()
 
-    def for_deployment(self, name: str) -> CallbackStack:
+    def for_deployment(
+        self, name: str, environment: Mapping[str, str] = os.environ
+    ) -> CallbackStack:
         """Return the stack of a deployment, without what `DISABLE_VARIABLE` switches off.
 
-        The variable is read in the replica; what travels to the other nodes is the shortened
-        list, so that all processes agree.
+        The variable is read in the replica, and where an app is built from what the replica's
+        ``environment`` is going to be; what travels to the other nodes is the shortened list, so
+        that all processes agree.
         """
-        named = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")} - {""}
+        named = {name.strip() for name in environment.get(DISABLE_VARIABLE, "").split(",")} - {""}
         unknown = sorted(named - {entry.name for entry in self.entries})
         if unknown:
             known = ", ".join(sorted(entry.name for entry in self.entries)) or "none"

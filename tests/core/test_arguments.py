@@ -102,7 +102,17 @@ def test_a_class_of_a_notebook_travels_after_its_first_use() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["custom_initialization", "custom_placement_group", "download_policy", "startup_metrics"],
+    [
+        "compile_cache",
+        "custom_initialization",
+        "custom_placement_group",
+        "download_policy",
+        "engine_modules",
+        "notify",
+        "startup_metrics",
+        "startup_timeline",
+        "warm_up",
+    ],
 )
 def test_importing_a_callback_builds_no_schema(name: str) -> None:
     program = (

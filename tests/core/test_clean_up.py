@@ -5,17 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from plugins_for_tests import hook_log, make_ctx, make_manager
+from plugins_for_tests import hook_log
 from steps import (
     EXITS,
-    FIRST_FAILURE,
     Wrapping,
-    clean_up,
     cleans,
     fails_after,
     fails_before,
     never_yields,
-    outcomes,
     passes_on,
     returns_true,
     step,
@@ -25,22 +22,35 @@ from steps import (
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core.hooks import CLEAN_UP
-from rayserve_hooks.errors import HookError, Phase
+from rayserve_hooks.errors import HookError
+from rayserve_hooks.testing import Fail, Outcome, RunStack
 
 
-def test_clean_up_leaves_out_who_had_not_started() -> None:
-    ctx = make_ctx()
-    clean_up(cleans("a"), cleans("b"), ctx=ctx, started="b")
-    assert ctx.custom_data["log"] == ["b"]
+def clean_up(run_stack: RunStack, *stack: object) -> Outcome:
+    """Run a start that fails when all of the stack have started."""
+    return run_stack([*stack, Fail("on_engine_ready")])
 
 
-def test_a_callback_without_another_hook_counts_as_started() -> None:
-    ctx = make_ctx()
-    clean_up(cleans("a", started=False), cleans("b"), ctx=ctx, started="")
-    assert ctx.custom_data["log"] == ["a"]
+def failures(outcome: Outcome) -> list[HookError]:
+    return outcome.assert_failed(callback="Fail").cleanup_errors
 
 
-def test_clean_up_of_equal_instances_leaves_out_the_right_one() -> None:
+def cleaned(outcome: Outcome) -> list[tuple[str, str]]:
+    return [(call.callback, call.outcome) for call in outcome.calls(hook=CLEAN_UP)]
+
+
+def test_clean_up_leaves_out_who_had_not_started(run_stack: RunStack) -> None:
+    outcome = run_stack([cleans("a"), Fail("on_before_init"), cleans("b")])
+    assert failures(outcome) == []
+    assert cleaned(outcome) == [("a", "returned")]
+
+
+def test_a_callback_without_another_hook_counts_as_started(run_stack: RunStack) -> None:
+    outcome = run_stack([Fail("on_before_init"), cleans("a", started=False), cleans("b")])
+    assert cleaned(outcome) == [("a", "returned")]
+
+
+def test_clean_up_of_equal_instances_leaves_out_the_right_one(run_stack: RunStack) -> None:
     @dataclass
     class Equal:
         size: int = 1
@@ -51,74 +61,76 @@ def test_clean_up_of_equal_instances_leaves_out_the_right_one() -> None:
         def on_init_failed(self, ctx: CallbackCtx) -> None:
             pass
 
-    ctx = make_ctx()
-    stack = [{"callback": Equal, "name": "a"}, {"callback": Equal, "name": "b"}]
-    clean_up(*stack, ctx=ctx, started="a")
-    assert outcomes(ctx) == [("a", "returned")]
+    a, b = ({"callback": Equal, "name": name} for name in "ab")
+    assert cleaned(run_stack([a, Fail("on_before_init"), b])) == [("a", "returned")]
 
 
-def test_clean_up_without_callbacks_is_nothing() -> None:
-    assert clean_up() == []
+def test_clean_up_without_callbacks_is_nothing(run_stack: RunStack) -> None:
+    outcome = clean_up(run_stack)
+    assert failures(outcome) == []
+    outcome.assert_order(["replica: on_engine_ready: Fail (failed)"])
 
 
-def test_the_error_is_handed_to_who_wants_it() -> None:
-    seen: list[BaseException | None] = []
+def test_the_error_is_handed_to_who_wants_it(run_stack: RunStack) -> None:
+    def sees(ctx: CallbackCtx, error: BaseException | None) -> None:
+        ctx.custom_data.setdefault("seen", []).append(error)
 
     class Wants:
         def on_init_failed(self, ctx: CallbackCtx, error: BaseException) -> None:
-            seen.append(error)
+            sees(ctx, error)
 
     class WantsInAnotherOrder:
         async def on_init_failed(self, error: BaseException, ctx: CallbackCtx) -> None:
-            seen.append(error)
+            sees(ctx, error)
 
     class WantsNot:
         def on_init_failed(self, ctx: CallbackCtx) -> None:
-            seen.append(None)
+            sees(ctx, None)
 
-    clean_up(Wants, WantsInAnotherOrder, WantsNot)
-    assert seen == [None, FIRST_FAILURE, FIRST_FAILURE]
+    outcome = clean_up(run_stack, Wants, WantsInAnotherOrder, WantsNot)
+    assert failures(outcome) == []
+    assert outcome.custom_data["seen"] == [None, outcome.error, outcome.error]
 
 
-def test_every_failure_of_a_clean_up_is_collected_and_the_next_one_runs() -> None:
-    ctx = make_ctx()
+def test_every_failure_of_a_clean_up_is_collected_and_the_next_one_runs(
+    run_stack: RunStack,
+) -> None:
     stack = [cleans("a", error=OSError("locked")), cleans("b"), cleans("c", error=KeyError("x"))]
-    failures = clean_up(*stack, ctx=ctx)
-    assert [(failure.callback, failure.detail) for failure in failures] == [
+    outcome = clean_up(run_stack, *stack)
+    assert [(failure.callback, failure.detail) for failure in failures(outcome)] == [
         ("c", "KeyError: 'x'"),
         ("a", "OSError: locked"),
     ]
-    assert outcomes(ctx) == [("c", "failed"), ("b", "returned"), ("a", "failed")]
-    assert [type(failure.__cause__) for failure in failures] == [KeyError, OSError]
+    assert cleaned(outcome) == [("c", "failed"), ("b", "returned"), ("a", "failed")]
+    assert [type(failure.__cause__) for failure in failures(outcome)] == [KeyError, OSError]
 
 
-def test_a_failure_of_a_clean_up_says_so() -> None:
-    (failure,) = clean_up(cleans("a", error=OSError("locked")))
+def test_a_failure_of_a_clean_up_says_so_and_is_logged_with_traceback(
+    run_stack: RunStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    with hook_log(caplog):
+        (failure,) = failures(clean_up(run_stack, cleans("a", error=OSError("locked"))))
     assert str(failure).startswith(
-        "callback 'a' failed in hook on_init_failed on node n1 (10.0.0.1) (phase: clean-up): "
+        "callback 'a' failed in hook on_init_failed on node node-1 (10.0.0.1) (phase: clean-up): "
         "OSError: locked; "
     )
-
-
-def test_a_failure_of_a_clean_up_is_logged_with_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    cause = OSError("locked")
-    with hook_log(caplog):
-        (failure,) = clean_up(cleans("a", error=cause))
-    (record,) = caplog.records
-    assert (record.levelname, record.getMessage()) == ("ERROR", str(failure))
+    (record,) = [record for record in caplog.records if record.getMessage() == str(failure)]
+    assert record.levelname == "ERROR"
     assert record.exc_info is not None
-    assert record.exc_info[1] is cause
+    assert record.exc_info[1] is failure.__cause__
+    assert type(failure.__cause__) is OSError
 
 
-def test_on_error_warn_forgives_a_clean_up(caplog: pytest.LogCaptureFixture) -> None:
-    with hook_log(caplog):
-        assert clean_up(cleans("a", error=OSError("locked"), on_error="warn")) == []
-    assert caplog.messages[0].endswith("(on_error: warn, going on)")
+def test_on_error_warn_forgives_a_clean_up(run_stack: RunStack) -> None:
+    outcome = clean_up(run_stack, cleans("a", error=OSError("locked"), on_error="warn"))
+    assert failures(outcome) == []
+    (line,) = (line for line in outcome.log if line.startswith("WARNING: callback 'a' failed"))
+    assert line.endswith("(on_error: warn, going on)")
 
 
 @pytest.mark.parametrize("result", [True, Handled()])
-def test_a_clean_up_has_no_result(result: object) -> None:
-    (failure,) = clean_up(step("a", result=result, hook=CLEAN_UP))
+def test_a_clean_up_has_no_result(run_stack: RunStack, result: object) -> None:
+    (failure,) = failures(clean_up(run_stack, step("a", result=result, hook=CLEAN_UP)))
     assert failure.detail.endswith("; on_init_failed has no result, return None")
 
 
@@ -126,11 +138,10 @@ def raises_again(self: object, ctx: CallbackCtx, error: BaseException) -> None:
     raise error
 
 
-def test_an_error_raised_again_does_not_become_its_own_cause() -> None:
-    error = HookError(callback="a", hook="h", node="n1", phase=Phase.DOWNLOAD, detail="disk full")
+def test_an_error_raised_again_does_not_become_its_own_cause(run_stack: RunStack) -> None:
     again = {"callback": type("Again", (), {CLEAN_UP: raises_again}), "name": "again"}
-    error.cleanup_errors.extend(make_manager(again).clean_up(make_ctx(), error, ()))
-    (failure,) = pickle.loads(pickle.dumps(error)).cleanup_errors
+    outcome = run_stack([again, Fail("on_engine_ready", OSError("disk full"))])
+    (failure,) = pickle.loads(pickle.dumps(outcome.assert_failed("disk full"))).cleanup_errors
     assert failure.callback == "again"
     assert "disk full" in failure.detail
     assert failure.__cause__ is None
@@ -147,26 +158,28 @@ def returns_nothing(ctx: CallbackCtx) -> Wrapping:
 
 @pytest.mark.parametrize("run", [passes_on, returns_nothing, returns_true])
 def test_what_failed_in_a_clean_up_passes_any_wrapper(
-    run: Callable[[CallbackCtx], Wrapping],
+    run_stack: RunStack, run: Callable[[CallbackCtx], Wrapping]
 ) -> None:
     stack = [wraps_clean_up(run), cleans("a", error=OSError("locked")), cleans("b")]
-    assert [failure.callback for failure in clean_up(*stack)] == ["a"]
+    assert [failure.callback for failure in failures(clean_up(run_stack, *stack))] == ["a"]
 
 
 @pytest.mark.parametrize("run", [fails_before, fails_after, yields_twice, never_yields])
 def test_a_wrapper_that_fails_in_a_clean_up_is_collected_too(
-    run: Callable[[CallbackCtx], Wrapping],
+    run_stack: RunStack, run: Callable[[CallbackCtx], Wrapping]
 ) -> None:
-    ctx = make_ctx()
     stack = [wraps_clean_up(run), cleans("a", error=OSError("locked")), cleans("b")]
-    assert [failure.callback for failure in clean_up(*stack, ctx=ctx)] == ["a", "W"]
-    assert ctx.custom_data["log"] == ["b", "a"]
+    outcome = clean_up(run_stack, *stack)
+    assert [failure.callback for failure in failures(outcome)] == ["a", "W"]
+    assert outcome.custom_data["log"] == ["b", "a"]
 
 
 @pytest.mark.parametrize("error", EXITS)
-def test_an_exit_in_a_clean_up_is_collected_and_the_next_runs(error: type[BaseException]) -> None:
-    ctx = make_ctx()
-    (failure,) = clean_up(cleans("a"), cleans("b", error=error("out")), ctx=ctx)
+def test_an_exit_in_a_clean_up_is_collected_and_the_next_runs(
+    run_stack: RunStack, error: type[BaseException]
+) -> None:
+    outcome = clean_up(run_stack, cleans("a"), cleans("b", error=error("out")))
+    (failure,) = failures(outcome)
     assert failure.callback == "b"
     assert failure.detail.endswith(f"{error.__name__}: out")
-    assert outcomes(ctx) == [("b", "failed"), ("a", "returned")]
+    assert cleaned(outcome) == [("b", "failed"), ("a", "returned")]

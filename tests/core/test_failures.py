@@ -2,7 +2,6 @@
 
 import pickle
 import traceback
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +11,9 @@ from steps import call, outcomes, step
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core.hooks import CLEAN_UP
 from rayserve_hooks.errors import CallbackConfigError, DownloadError, HookError, Phase
+from rayserve_hooks.testing import Fail, ModelConfig, RunStack
+
+ONCE = "; set RAYSERVE_HOOKS_DISABLE=a to start once without it"
 
 
 @pytest.mark.parametrize(
@@ -20,64 +22,84 @@ from rayserve_hooks.errors import CallbackConfigError, DownloadError, HookError,
         ("on_before_init", "before init"),
         ("on_before_download", "before download"),
         ("on_after_init", "after init"),
+        ("on_configure", "configure"),
+        ("on_engine_ready", "engine ready"),
     ],
 )
-def test_a_failure_names_callback_hook_node_and_phase(hook: str, phase: str) -> None:
-    cause = ValueError("boom")
-    with pytest.raises(HookError) as caught:
-        call(step("a", error=cause, hook=hook), hook=hook)
-    error = caught.value
+def test_a_failure_names_callback_hook_node_and_phase(
+    run_stack: RunStack, hook: str, phase: str
+) -> None:
+    error = run_stack(step("a", error=ValueError("boom"), hook=hook)).assert_failed()
+    advice = "fix the callback, or set 'on_error: warn' on it to go on without it"
+    node = "local (127.0.0.1)"  # where the app is built
+    if hook != "on_configure":
+        node, advice = "node-1 (10.0.0.1)", f"{advice}{ONCE}"
     assert vars(error) == {
         "callback": "a",
         "hook": hook,
-        "node": "n1 (10.0.0.1)",
+        "node": node,
         "phase": phase,
         "detail": "ValueError: boom",
-        "advice": "fix the callback, or set 'on_error: warn' on it to go on without it",
+        "advice": advice,
+        "process": "",
         "cleanup_errors": [],
     }
-    assert error.__cause__ is cause
-    assert str(error).startswith(
-        f"callback 'a' failed in hook {hook} on node n1 (10.0.0.1) (phase: {phase}): "
-        "ValueError: boom; fix the callback, or set 'on_error: warn'"
+    assert repr(error.__cause__) == "ValueError('boom')"
+    assert str(error) == (
+        f"callback 'a' failed in hook {hook} on node {node} (phase: {phase}): ValueError: boom; "
+        f"{advice}"
     )
 
 
-def test_a_download_says_itself_what_to_do() -> None:
+def test_a_failure_in_a_process_of_the_engine_names_the_process(run_stack: RunStack) -> None:
+    failing = Fail("on_before_engine_init", ValueError("boom"), on="worker 1")
+    outcome = run_stack(failing, engine_processes=["engine core", "worker 1"])
+    error = outcome.assert_failed()
+    assert error.process == "worker 1"
+    assert str(error).startswith(
+        "callback 'Fail' failed in hook on_before_engine_init on node node-1 (10.0.0.1), worker 1 "
+        "(phase: before engine init): ValueError: boom; fix the callback"
+    )
+
+
+def test_a_download_says_itself_what_to_do(run_stack: RunStack) -> None:
     cause = DownloadError("cannot list s3://b: 403 Forbidden; check the credentials")
-    with pytest.raises(HookError, match=r"403 Forbidden; check the credentials$"):
-        call(step("a", error=cause))
+    run_stack(step("a", error=cause)).assert_failed(rf"403 Forbidden; check the credentials{ONCE}$")
 
 
-def test_a_failure_stops_the_chain() -> None:
-    ctx = make_ctx()
-    with pytest.raises(HookError):
-        call(step("a"), step("b", error=ValueError("boom")), step("c"), ctx=ctx)
-    assert outcomes(ctx) == [("a", "returned"), ("b", "failed")]
+def test_a_failure_stops_the_chain(run_stack: RunStack) -> None:
+    outcome = run_stack([step("a"), step("b", error=ValueError("boom")), step("c")])
+    outcome.assert_failed(callback="b")
+    outcome.assert_order(["replica: on_before_init: a", "replica: on_before_init: b (failed)"])
 
 
-def test_on_error_warn_goes_on_with_the_next() -> None:
-    ctx = make_ctx()
-    stack = [step("a", error=ValueError("boom"), on_error="warn"), step("b", result=Handled("/m"))]
-    assert call(*stack, ctx=ctx) == Handled("/m")
-    assert outcomes(ctx) == [("a", "warned"), ("b", "handled")]
+def test_on_error_warn_goes_on_with_the_next(run_stack: RunStack) -> None:
+    stack = [step("a", error=ValueError("boom"), on_error="warn"), step("b", result=Handled("/"))]
+    outcome = run_stack(stack).assert_succeeded()
+    assert outcome.model_path == "/"
+    outcome.assert_order(
+        ["replica: on_before_init: a (warned)", "replica: on_before_init: b (handled)"]
+    )
 
 
-def test_on_error_warn_logs_with_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    cause = ValueError("boom")
+def test_on_error_warn_logs_with_traceback(
+    run_stack: RunStack, caplog: pytest.LogCaptureFixture
+) -> None:
     with hook_log(caplog):
-        call(step("a", error=cause, on_error="warn"))
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert record.getMessage().startswith("callback 'a' failed in hook on_before_init on node n1")
+        run_stack(step("a", error=ValueError("boom"), on_error="warn")).assert_succeeded()
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert record.getMessage().startswith(
+        "callback 'a' failed in hook on_before_init on node node-1"
+    )
     assert record.getMessage().endswith("(on_error: warn, going on)")
     assert record.exc_info is not None
-    assert record.exc_info[1] is cause
+    assert repr(record.exc_info[1]) == "ValueError('boom')"
     assert "Traceback (most recent call last):" in caplog.text
 
 
-def test_on_error_warn_also_forgives_a_wrong_result() -> None:
-    assert call(step("a", result=True, on_error="warn"), step("b", result=Handled())) == Handled()
+def test_on_error_warn_also_forgives_a_wrong_result(run_stack: RunStack) -> None:
+    stack = [step("a", result=True, on_error="warn"), step("b", result=Handled("/"))]
+    assert run_stack(stack).assert_succeeded().model_path == "/"
 
 
 def test_on_error_warn_also_forgives_a_hook_that_the_callback_itself_called() -> None:
@@ -104,17 +126,15 @@ def test_a_hook_error_of_an_inner_call_keeps_its_name() -> None:
     assert caught.value.callback == "inner"
 
 
-def test_the_stack_says_what_an_entry_does_not() -> None:
+def test_the_stack_says_what_an_entry_does_not(run_stack: RunStack) -> None:
     failing = step("a", error=ValueError("boom")) | {"on_error": None}
-    assert make_manager(failing, on_error="warn").hook.on_before_init(ctx=make_ctx()) is None
-    with pytest.raises(HookError):
-        make_manager(failing, on_error="raise").hook.on_before_init(ctx=make_ctx())
+    run_stack(failing, on_error="warn").assert_succeeded()
+    run_stack(failing, on_error="raise").assert_failed("boom")
 
 
-def test_an_entry_overrules_the_stack() -> None:
+def test_an_entry_overrules_the_stack(run_stack: RunStack) -> None:
     failing = step("a", error=ValueError("boom"), on_error="raise")
-    with pytest.raises(HookError):
-        make_manager(failing, on_error="warn").hook.on_before_init(ctx=make_ctx())
+    run_stack(failing, on_error="warn").assert_failed("boom")
 
 
 SECRET = "abcd-efgh-1"
@@ -137,22 +157,18 @@ class Token:
 
 
 LEAKS = type("Leaks", (), {"on_before_init": leaks})
-BY_CONTEXT: tuple[Any, Any] = (
-    {"callback": LEAKS},
-    {"runtime_env": {"env_vars": {"HF_TOKEN": SECRET}}},
-)
-BY_KWARGS: tuple[Any, Any] = ({"callback": Token, "kwargs": {"hf_token": SECRET}}, {})
-leaking = pytest.mark.parametrize(("callback", "fields"), [BY_CONTEXT, BY_KWARGS])
+IN_ENVIRONMENT = ModelConfig(runtime_env={"env_vars": {"HF_TOKEN": SECRET}})
+BY_CONTEXT: tuple[Any, Any] = ({"callback": LEAKS}, IN_ENVIRONMENT)
+BY_KWARGS: tuple[Any, Any] = ({"callback": Token, "kwargs": {"hf_token": SECRET}}, ModelConfig())
+leaking = pytest.mark.parametrize(("callback", "config"), [BY_CONTEXT, BY_KWARGS])
 
 
 @leaking
 def test_a_secret_reaches_no_error_and_no_cause(
-    callback: dict[str, object], fields: dict[str, Any]
+    run_stack: RunStack, callback: dict[str, object], config: ModelConfig
 ) -> None:
-    with pytest.raises(HookError) as caught:
-        call(callback, ctx=make_ctx(**fields))
-    error = pickle.loads(pickle.dumps(caught.value))
-    for found in (caught.value, error):
+    raised = run_stack(callback, config).assert_failed()
+    for found in (raised, pickle.loads(pickle.dumps(raised))):
         assert found.detail == "ValueError: 401 for ***"
         assert type(found.__cause__) is ValueError
         assert str(found.__cause__) == "401 for ***"
@@ -166,23 +182,34 @@ def test_a_secret_reaches_no_error_and_no_cause(
 @leaking
 @pytest.mark.parametrize("hook", ["on_before_init", CLEAN_UP])
 def test_a_secret_reaches_no_log(
-    callback: dict[str, Any], fields: dict[str, Any], hook: str, caplog: pytest.LogCaptureFixture
+    run_stack: RunStack,
+    callback: dict[str, Any],
+    config: ModelConfig,
+    hook: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    cls = type("Leaks", (callback["callback"],), {hook: leaks})
+    cls = type("Leaks", (callback["callback"],), {"on_before_init": nothing, hook: leaks})
+    failing = {**callback, "callback": cls, "on_error": "warn"}
     with hook_log(caplog):
-        call({**callback, "callback": cls, "on_error": "warn"}, ctx=make_ctx(**fields), hook=hook)
+        run_stack([failing, Fail("on_engine_ready")], config).assert_failed(callback="Fail")
     assert "ValueError: 401 for ***" in caplog.text
-    assert "Traceback (most recent call last):" in caplog.text
     assert SECRET not in caplog.text
+    assert "Traceback (most recent call last):" in caplog.text
 
 
-def test_a_secret_reaches_no_log_of_a_failed_clean_up(caplog: pytest.LogCaptureFixture) -> None:
+def nothing(self: object, ctx: CallbackCtx) -> None:
+    pass
+
+
+def test_a_secret_of_custom_data_reaches_no_log(
+    run_stack: RunStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    def keeps(self: object, ctx: CallbackCtx) -> None:
+        ctx.custom_data["password"] = SECRET
+
+    keeping = type("Keeps", (), {"on_before_init": keeps, CLEAN_UP: leaks})
     with hook_log(caplog):
-        call(
-            type("Leaks", (), {CLEAN_UP: leaks}),
-            ctx=make_ctx(custom_data={"password": SECRET}),
-            hook=CLEAN_UP,
-        )
+        run_stack([keeping, Fail("on_engine_ready")]).assert_failed(callback="Fail")
     assert "ValueError: 401 for ***" in caplog.text
     assert SECRET not in caplog.text
 
@@ -229,11 +256,9 @@ class Raises:
     [OnClass, Slotted, Nested, {"callback": Nested, "kwargs": {"settings": Settings()}}, Raises],
     ids=["class attribute", "slot", "attribute", "argument", "attribute of the error"],
 )
-def test_a_secret_is_known_whatever_holds_it(callback: object) -> None:
-    with pytest.raises(HookError) as caught:
-        call(callback)
-    assert "401 for ***" in str(caught.value)
-    assert SECRET not in "".join(traceback.format_exception(caught.value))
+def test_a_secret_is_known_whatever_holds_it(run_stack: RunStack, callback: object) -> None:
+    error = run_stack(callback).assert_failed("401 for [*]{3}")
+    assert SECRET not in "".join(traceback.format_exception(error))
 
 
 @pytest.mark.parametrize(
@@ -245,16 +270,14 @@ def test_a_secret_is_known_whatever_holds_it(callback: object) -> None:
     ],
 )
 def test_on_error_is_advised_where_it_helps_and_is_not_set(
-    made: Any, advice: str, caplog: pytest.LogCaptureFixture
+    run_stack: RunStack, made: Any, advice: str
 ) -> None:
-    hook = made.get("hook", "on_before_init")
     failing = step("a", error=ValueError("boom"), **made)
-    raises = pytest.raises(HookError) if made.get("on_error") == "raise" else nullcontext()
-    with hook_log(caplog), raises as caught:
-        call(failing, hook=hook)
-    text = str(caught.value) if caught else caplog.records[0].getMessage()
+    outcome = run_stack([failing, Fail("on_engine_ready")])
+    said = [*outcome.log, str(outcome.error)]
+    text = next(text for text in said if "callback 'a' failed" in text)
     assert f"ValueError: boom{advice}" in text
-    assert text.count("on_error") == (hook != CLEAN_UP)
+    assert text.count("on_error") == (made.get("hook") != CLEAN_UP)
 
 
 def test_on_error_is_not_advised_for_what_no_config_names() -> None:
@@ -268,28 +291,20 @@ def test_on_error_is_not_advised_for_what_no_config_names() -> None:
         manager.hook.on_before_init(ctx=make_ctx())
 
 
-def test_on_error_is_not_advised_for_what_says_itself_what_to_do() -> None:
-    class Asks:
-        def on_before_init(self, ctx: CallbackCtx) -> None:
-            raise CallbackConfigError("no such callback; name another")
-
-    with pytest.raises(HookError, match=r"no such callback; name another$"):
-        call(Asks)
+def test_on_error_is_not_advised_for_what_says_itself_what_to_do(run_stack: RunStack) -> None:
+    asking = step("a", error=CallbackConfigError("no such callback; name another"))
+    run_stack(asking).assert_failed(rf"no such callback; name another{ONCE}$")
 
 
-def test_a_name_is_no_secret_whatever_the_environment_holds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_name_is_no_secret_whatever_the_environment_holds(run_stack: RunStack) -> None:
     class Stores:
         def on_before_init(self, ctx: CallbackCtx) -> None:
             raise RuntimeError("no Stores, no on_before_init") from inner
 
     inner = hook_error_of("Stores")
-    monkeypatch.setenv("AUTH_BACKEND", "Stores")
-    monkeypatch.setenv("A_PASSWORD", "before_init")
-    with pytest.raises(HookError) as caught:
-        call(Stores)
-    shown = "".join(traceback.format_exception(caught.value))
+    environment = {"AUTH_BACKEND": "Stores", "A_PASSWORD": "before_init"}
+    error = run_stack(Stores, environment=environment).assert_failed()
+    shown = "".join(traceback.format_exception(error))
     assert shown.count("callback 'Stores' failed in hook on_before_init") == 2
     assert "***" not in shown.replace("AUTH_BACKEND", "")
 
@@ -300,16 +315,16 @@ def hook_error_of(name: str) -> HookError:
     )
 
 
-def test_a_secret_reaches_neither_the_context_nor_the_trace() -> None:
+def test_a_secret_reaches_neither_the_context_nor_the_trace(run_stack: RunStack) -> None:
     def sets(self: object, ctx: CallbackCtx) -> None:
         ctx.runtime_env["env_vars"] = {"HF_TOKEN": SECRET}
         ctx.extra_init_kwargs["api_key"] = SECRET
         ctx.custom_data["stores"] = [{"password": SECRET}]
 
-    ctx = make_ctx()
-    call(type("Sets", (), {"on_before_init": sets}), ctx=ctx)
-    assert SECRET not in repr(ctx) + repr(ctx.trace) + ctx.trace.table() + repr(list(ctx.trace))
-    assert len(ctx.trace[0].changes) == 3
+    outcome = run_stack(type("Sets", (), {"on_before_init": sets})).assert_succeeded()
+    ctx, trace = outcome.ctx, outcome.trace
+    assert SECRET not in repr(ctx) + repr(trace) + trace.table() + repr(list(trace))
+    assert len(outcome.changes) == 3
 
 
 def test_a_cause_without_a_secret_is_the_very_exception() -> None:

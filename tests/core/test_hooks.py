@@ -10,22 +10,32 @@ from rayserve_hooks.core.hooks import (
     FIRST_RESULT,
     HOOK_PARAMETERS,
     HOOKS,
+    NEED_ENGINE,
     PHASES,
+    RUNS_IN,
     is_inherited_spec,
 )
 from rayserve_hooks.errors import Phase
 from rayserve_hooks.hookspecs import RayServeLLMCallback
 
 
-def test_the_core_hooks_in_call_order() -> None:
-    assert HOOKS == ("on_before_init", "on_before_download", "on_after_init", "on_init_failed")
+def test_the_hooks_in_call_order() -> None:
+    assert HOOKS == (
+        "on_configure",
+        "on_before_init",
+        "on_before_download",
+        "on_after_init",
+        "on_before_engine_init",
+        "on_engine_ready",
+        "on_shutdown",
+        "on_init_failed",
+    )
 
 
-def test_the_first_result_counts_in_the_first_two_hooks_only() -> None:
+def test_the_first_result_counts_in_the_hooks_that_can_take_over_only() -> None:
     manager = make_manager()
-    firstresult = [getattr(manager.hook, hook).spec.opts["firstresult"] for hook in HOOKS]
-    assert firstresult == [True, True, False, False]
-    assert HOOKS[:2] == FIRST_RESULT
+    firstresult = [h for h in HOOKS if getattr(manager.hook, h).spec.opts["firstresult"]]
+    assert tuple(firstresult) == FIRST_RESULT == ("on_before_init", "on_before_download")
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -37,6 +47,11 @@ def test_a_hook_takes_the_context_and_the_clean_up_the_error(hook: str) -> None:
 
 def test_every_hook_has_a_phase() -> None:
     assert tuple(PHASES) == HOOKS
+
+
+def test_every_hook_runs_somewhere() -> None:
+    assert tuple(RUNS_IN) == HOOKS
+    assert set(NEED_ENGINE) < set(HOOKS)
 
 
 def test_phases_of_hooks_are_in_the_order_of_the_hooks() -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, computed_field
 from steps import call
 
 from rayserve_hooks.context import CallbackCtx, Handled
+from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.inspection import hook_functions, hook_problems
 from rayserve_hooks.hookspecs import RayServeLLMCallback, hookimpl
 
@@ -159,7 +160,7 @@ class FirstAndLast:
 NOTHING = (
     "of which nothing would run; drop its 'yield', or make it a 'def' under @hookimpl(wrapper=True)"
 )
-HOOK_LIST = "on_before_init, on_before_download, on_after_init, on_init_failed"
+HOOK_LIST = ", ".join(HOOKS)
 WRITE = "write 'def on_before_init(self, ctx)'"
 WRITE_CLEAN_UP = "write 'def on_init_failed(self, ctx, error)'"
 
@@ -263,12 +264,8 @@ def test_a_subclass_registers_only_what_it_overrides() -> None:
         def on_after_init(self, ctx: CallbackCtx) -> None:
             pass
 
-    assert make_manager(OnlyAfter).run_order() == {
-        "on_before_init": [],
-        "on_before_download": [],
-        "on_after_init": ["OnlyAfter"],
-        "on_init_failed": [],
-    }
+    only = {"on_after_init": ["OnlyAfter"]}
+    assert make_manager(OnlyAfter).run_order() == {hook: only.get(hook, []) for hook in HOOKS}
 
 
 def test_other_public_methods_are_left_alone() -> None:

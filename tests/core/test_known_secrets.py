@@ -188,6 +188,7 @@ HOLDERS = {
     "closure": closure(),
     "module": module(),
     "error": error(),
+    "variable of a container": Holds([{"name": "HF_TOKEN", "value": S}]),
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 from plugins_for_tests import Outer, Plain, Strict, make_manager, one, refused, sent
 
 from rayserve_hooks.context import CallbackCtx
+from rayserve_hooks.core.hooks import HOOKS
 from rayserve_hooks.core.loading import short_names
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.errors import CallbackConfigError
@@ -185,8 +186,7 @@ def test_a_misspelt_short_name(install: Callable[[str], None]) -> None:
 def test_a_misspelt_class(target: str) -> None:
     text = (
         f"callback {target!r}: module 'plugins_for_tests' has no 'Plian'; did you mean 'Plain'?; "
-        "name a class, instance or module with at least one of on_before_init, "
-        "on_before_download, on_after_init, on_init_failed"
+        f"name a class, instance or module with at least one of {', '.join(HOOKS)}"
     )
     with refused(text):
         create(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from dataclasses import dataclass
 
@@ -42,6 +43,16 @@ class SlotError(Exception):
         return self.x
 
 
+class TextHidesError(Exception):
+    def __str__(self) -> str:
+        return "refused"
+
+
+class NoTextError(Exception):
+    def __str__(self) -> str:
+        raise ValueError(self.args)
+
+
 ERRORS = [
     ValueError(SECRET),
     KeyError(SECRET),
@@ -67,7 +78,20 @@ def test_a_copy_has_the_type_and_no_secret(error: BaseException) -> None:
     assert SECRET in "".join(traceback.format_exception(error)), "the callback's own stays"
 
 
+@pytest.mark.parametrize("cls", [TextHidesError, NoTextError])
+def test_what_only_its_repr_shows_is_masked(cls: type[Exception]) -> None:
+    copy = masked(cls(SECRET), KNOWN)
+    assert (type(copy), repr(copy)) == (cls, f"{cls.__name__}('***')")
+
+
+class OwnReprError(Exception):
+    def __repr__(self) -> str:
+        return f"OwnReprError({SECRET})"
+
+
 def test_what_cannot_be_copied_has_a_stand_in() -> None:
+    copy = masked(OwnReprError("x"), KNOWN)
+    assert (type(copy), str(copy)) == (RemoteCause, f"{__name__}.OwnReprError: x")
     copy = masked(SlotError(SECRET), KNOWN)
     assert type(copy) is RemoteCause
     assert str(copy).endswith("SlotError: ***")
@@ -107,6 +131,30 @@ def test_an_error_that_leads_to_itself_ends() -> None:
     error, other = ValueError(SECRET), KeyError("x")
     error.__context__, other.__context__ = other, error
     assert SECRET not in "".join(traceback.format_exception(masked(error, KNOWN)))
+
+
+class RecursesError(Exception):
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+
+def test_one_that_python_cannot_format_has_a_stand_in() -> None:
+    outer = ValueError("outer")
+    outer.__cause__ = RecursesError(f"refused {SECRET}")
+    cause = masked(outer, KNOWN).__cause__
+    assert type(cause) is RemoteCause
+    assert str(cause) == f"{__name__}.RecursesError: refused ***"
+    traceback.format_exception(cause)
+
+
+def test_one_with_many_long_arguments_is_masked_soon() -> None:
+    error = ValueError(SECRET, *["y" * 1000] * 30_000)
+    started = time.process_time()
+    copy = masked(error, KNOWN, error)
+    assert time.process_time() - started < 10  # more than 60 s where all are looked into
+    assert type(copy) is ValueError
+    assert SECRET not in str(copy)
+    assert len(str(copy)) < 25_000
 
 
 LONG = f"{SECRET} {'word ' * 20_000}"

@@ -4,21 +4,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plugins_for_tests import hook_arguments, make_ctx, make_manager
-from steps import call, clean_up, cleans, log_of, step, wrapper
+from steps import call, cleans, step, wrapper
 
 from rayserve_hooks.context import CallbackCtx, Handled
-from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS
+from rayserve_hooks.core.hooks import CLEAN_UP, HOOKS, REVERSED
 from rayserve_hooks.hookspecs import hookimpl
+from rayserve_hooks.testing import Fail, RunStack
 
 PLACES = ["first", "plain", "last"]
 
 
-@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook != CLEAN_UP])
-def test_callbacks_run_in_list_order(hook: str) -> None:
-    assert log_of(*(step(name, hook=hook) for name in "abc"), hook=hook) == ["a", "b", "c"]
+def log_of(run_stack: RunStack, *stack: object) -> list[str]:
+    log: list[str] = run_stack(stack).assert_succeeded().custom_data["log"]
+    return log
 
 
-def test_tryfirst_and_trylast_keep_list_order_within_their_groups() -> None:
+def cleaned(run_stack: RunStack, *stack: object) -> list[str]:
+    """Return who cleans up, in order, where the start fails once the stack has started."""
+    outcome = run_stack([*stack, Fail("on_engine_ready")])
+    assert outcome.assert_failed(callback="Fail").cleanup_errors == []
+    return [call.callback for call in outcome.calls(hook=CLEAN_UP)]
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook not in REVERSED])
+def test_callbacks_run_in_list_order(run_stack: RunStack, hook: str) -> None:
+    stack = [step(name, hook=hook) for name in "abc"]
+    outcome = run_stack(stack, engine_processes=[]).assert_succeeded()
+    assert [call.callback for call in outcome.calls(hook=hook)] == ["a", "b", "c"]
+
+
+def test_tryfirst_and_trylast_keep_list_order_within_their_groups(run_stack: RunStack) -> None:
     stack = [
         step("l1", "last"),
         step("p1"),
@@ -30,15 +45,15 @@ def test_tryfirst_and_trylast_keep_list_order_within_their_groups() -> None:
         step("p3"),
         step("f3", "first"),
     ]
-    assert log_of(*stack) == ["f1", "f2", "f3", "p1", "p2", "p3", "l1", "l2", "l3"]
+    assert log_of(run_stack, *stack) == ["f1", "f2", "f3", "p1", "p2", "p3", "l1", "l2", "l3"]
 
 
-def test_wrappers_surround_the_rest_outermost_first() -> None:
+def test_wrappers_surround_the_rest_outermost_first(run_stack: RunStack) -> None:
     stack = [step("a", "first"), wrapper("u"), step("b"), wrapper("v"), step("c", "last")]
-    assert log_of(*stack) == ["u", "v", "a", "b", "c", "/v", "/u"]
+    assert log_of(run_stack, *stack) == ["u", "v", "a", "b", "c", "/v", "/u"]
 
 
-def test_wrappers_are_grouped_as_the_others_are() -> None:
+def test_wrappers_are_grouped_as_the_others_are(run_stack: RunStack) -> None:
     stack = [
         wrapper("l1", "last"),
         wrapper("p1"),
@@ -48,11 +63,11 @@ def test_wrappers_are_grouped_as_the_others_are() -> None:
         wrapper("p2"),
         wrapper("f2", "first"),
     ]
-    opening = log_of(*stack)[:7]
+    opening = log_of(run_stack, *stack)[:7]
     assert opening == ["f1", "f2", "p1", "p2", "l1", "l2", "a"]
 
 
-def test_decorated_and_undecorated_callbacks_share_one_order() -> None:
+def test_decorated_and_undecorated_callbacks_share_one_order(run_stack: RunStack) -> None:
     class Decorated:
         @hookimpl
         def on_before_init(self, ctx: CallbackCtx) -> None:
@@ -60,14 +75,13 @@ def test_decorated_and_undecorated_callbacks_share_one_order() -> None:
 
     class Undecorated:
         def on_before_init(self, ctx: CallbackCtx) -> None:
-            ctx.custom_data["log"].append("undecorated")
+            ctx.custom_data.setdefault("log", []).append("undecorated")
 
-    ctx = make_ctx(custom_data={"log": []})
-    call(Undecorated, Decorated, {"callback": Undecorated, "name": "again"}, ctx=ctx)
-    assert ctx.custom_data["log"] == ["undecorated", "decorated", "undecorated"]
+    stack = [Undecorated, Decorated, {"callback": Undecorated, "name": "again"}]
+    assert log_of(run_stack, *stack) == ["undecorated", "decorated", "undecorated"]
 
 
-def test_clean_up_runs_in_reverse_list_order_within_each_group() -> None:
+def test_clean_up_runs_in_reverse_list_order_within_each_group(run_stack: RunStack) -> None:
     stack = [
         step("l1", "last", hook=CLEAN_UP),
         step("p1", hook=CLEAN_UP),
@@ -76,18 +90,24 @@ def test_clean_up_runs_in_reverse_list_order_within_each_group() -> None:
         step("p2", hook=CLEAN_UP),
         step("f2", "first", hook=CLEAN_UP),
     ]
-    assert log_of(*stack, hook=CLEAN_UP) == ["f2", "f1", "p2", "p1", "l2", "l1"]
+    assert cleaned(run_stack, *stack) == ["f2", "f1", "p2", "p1", "l2", "l1"]
 
 
-def test_clean_up_keeps_that_order_among_those_that_had_started() -> None:
-    ctx = make_ctx()
-    stack = [cleans("a", "last"), cleans("b"), cleans("c", "last"), cleans("d")]
-    assert clean_up(*stack, ctx=ctx, started="acd") == []
-    assert ctx.custom_data["log"] == ["d", "c", "a"]
+def test_clean_up_keeps_that_order_among_those_that_had_started(run_stack: RunStack) -> None:
+    class Idle:
+        @hookimpl(trylast=True)
+        def on_engine_ready(self, ctx: CallbackCtx) -> None:
+            raise AssertionError("started after the failure")
+
+        def on_init_failed(self, ctx: CallbackCtx) -> None:
+            pass
+
+    stack = [cleans("a", "last"), Idle, cleans("c", "last"), cleans("d")]
+    assert cleaned(run_stack, *stack) == ["d", "c", "a"]
 
 
 def modelled_order(stack: list[tuple[bool, str]], hook: str = "on_before_init") -> list[int]:
-    step = -1 if hook == CLEAN_UP else 1
+    step = -1 if hook in REVERSED else 1
     return sorted(
         range(len(stack)), key=lambda i: (not stack[i][0], PLACES.index(stack[i][1]), step * i)
     )
@@ -128,9 +148,10 @@ def test_a_first_result_anywhere_ends_any_stack(
         else step(str(i), place, result=Handled(reason="mine") if i == taker else None)
         for i, (wraps, place) in enumerate(stack)
     ]
-    ran = [name for name in log_of(*callbacks) if not name.startswith("/")]
+    ctx = make_ctx()
+    assert call(*callbacks, ctx=ctx) == Handled(reason="mine")
+    ran = [name for name in ctx.custom_data["log"] if not name.startswith("/")]
     assert ran == [str(i) for i in order[: order.index(taker) + 1]]
-    assert call(*callbacks) == Handled(reason="mine")
 
 
 def test_callbacks_are_built_in_list_order() -> None:
@@ -157,9 +178,9 @@ def test_run_order_names_the_callbacks_of_each_hook() -> None:
         step("x", hook="on_init_failed"),
         step("y", hook="on_init_failed"),
     )
-    assert manager.run_order() == {
+    assert {hook: names for hook, names in manager.run_order().items() if names} == {
         "on_before_init": ["w", "f", "a", "z"],
         "on_before_download": ["d"],
-        "on_after_init": [],
         "on_init_failed": ["y", "x"],
     }
+    assert tuple(manager.run_order()) == HOOKS

@@ -9,7 +9,7 @@ import pytest
 from plugins_for_tests import hook_log, make_ctx, make_manager
 from steps import Wrapping, call, outcomes, step, wraps
 
-from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, NodeResult
+from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, NodeResult, ProcessInfo
 from rayserve_hooks.core.recorder import Recorder, changes_between, recorder_of, snapshot
 from rayserve_hooks.trace import ABSENT, TraceEntry
 
@@ -42,12 +42,12 @@ class Uncomparable:
 
 
 def test_an_entry_says_who_ran_where_and_how_it_ended() -> None:
-    ctx = make_ctx()
-    Recorder(ctx, role="replica")
+    ctx = make_ctx(process=ProcessInfo("worker", 3))
     run(ctx, lambda ctx: None)
     (entry,) = ctx.trace
     assert (entry.callback, entry.hook) == ("A", "on_before_init")
-    assert (entry.role, entry.node_id, entry.pid) == ("replica", "n1", os.getpid())
+    assert (entry.role, entry.rank, entry.process) == ("worker", 3, "worker 3")
+    assert (entry.node_id, entry.pid) == ("n1", os.getpid())
     assert entry.outcome == "returned"
 
 
@@ -267,6 +267,24 @@ def test_a_conflict_is_a_warning_that_names_both(caplog: pytest.LogCaptureFixtur
     )
 
 
+def test_a_conflict_with_a_call_of_an_earlier_process(caplog: pytest.LogCaptureFixture) -> None:
+    before = run(make_ctx(), lambda ctx: ctx.extra_init_kwargs.update(seed=1))
+    ctx = make_ctx()
+    recorder_of(ctx).begin_with([TraceEntry("Z", "on_configure", "driver", "n0"), *before.trace])
+    with hook_log(caplog):
+        make_manager(
+            changing("A", lambda ctx: ctx.extra_init_kwargs.update(seed=2)),
+            changing("B", lambda ctx: ctx.extra_init_kwargs.update(seed=3)),
+        ).hook.on_before_init(ctx=ctx)
+    assert [call.callback for call in ctx.trace] == ["Z", "A", "A", "B"]
+    assert caplog.messages == [
+        (
+            "callbacks 'A' and 'B' both set ctx.extra_init_kwargs.seed; "
+            "'B' ran last and has the last word"
+        )
+    ]
+
+
 def test_a_conflict_of_three_names_the_two_in_each_step(caplog: pytest.LogCaptureFixture) -> None:
     with hook_log(caplog):
         run(
@@ -357,7 +375,7 @@ def test_who_is_running_is_told_before_it_starts() -> None:
 def test_a_context_has_one_recorder() -> None:
     ctx = make_ctx()
     assert recorder_of(ctx) is recorder_of(ctx)
-    made = Recorder(ctx, role="node")
+    made = Recorder(ctx)
     assert recorder_of(ctx) is made
     assert recorder_of(make_ctx()) is not made
 

@@ -1,7 +1,6 @@
 """Hooks run from an event loop: time limits, background work, clean-up."""
 
 import asyncio
-import re
 import sys
 import threading
 import time
@@ -19,9 +18,12 @@ from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
 from rayserve_hooks.errors import HookError, Phase
+from rayserve_hooks.testing import Fail, Hang, Outcome, RunStack
 
 HERE = "on node n1 (10.0.0.1)"
+ON_NODE = "on node node-1 (10.0.0.1)"
 FIX = "; fix the callback, or set 'on_error: warn' on it to go on without it"
+ONCE = "; set RAYSERVE_HOOKS_DISABLE={} to start once without it"
 FOREVER = 30  # no test waits so long unless it fails
 
 
@@ -56,8 +58,8 @@ def run(*callbacks: object, ctx: CallbackCtx | None = None) -> CallbackCtx:
     return ctx
 
 
-def calls(ctx: CallbackCtx) -> list[tuple[str, str, str]]:
-    return [(entry.callback, entry.background, entry.outcome) for entry in ctx.trace]
+def calls(ran: CallbackCtx | Outcome) -> list[tuple[str, str, str]]:
+    return [(entry.callback, entry.background, entry.outcome) for entry in ran.trace]
 
 
 @pytest.fixture
@@ -131,24 +133,22 @@ def test_a_background_task_may_start_another() -> None:
     ]
 
 
-def test_a_background_task_gets_its_arguments_and_gives_its_result() -> None:
+def test_a_background_task_gets_its_arguments_and_gives_its_result(run_stack: RunStack) -> None:
     def adds(ctx: CallbackCtx) -> None:
         ctx.custom_data["sum"] = ctx.run_in_background(int.__add__, 1, 2).result(FOREVER)
 
-    assert run(hooked(adds)).custom_data["sum"] == 3
+    assert run_stack(hooked(adds)).assert_succeeded().custom_data["sum"] == 3
 
 
-def test_an_async_callback_starts_an_async_task_on_its_own_loop() -> None:
+def test_an_async_callback_starts_an_async_task_on_its_own_loop(run_stack: RunStack) -> None:
     class Starts:
         async def on_before_init(self, ctx: Any) -> None:
-            ctx.custom_data["loops"] = [asyncio.get_running_loop()]
-            ctx.run_in_background(self.later, ctx)
+            ctx.run_in_background(self.later, ctx, asyncio.get_running_loop())
 
-        async def later(self, ctx: CallbackCtx) -> None:
-            ctx.custom_data["loops"].append(asyncio.get_running_loop())
+        async def later(self, ctx: CallbackCtx, first: asyncio.AbstractEventLoop) -> None:
+            ctx.custom_data["same"] = asyncio.get_running_loop() is first
 
-    first, second = run(Starts).custom_data["loops"]
-    assert first is second
+    assert run_stack(Starts).assert_succeeded().custom_data["same"]
 
 
 def test_a_background_task_may_call_a_hook_with_an_async_callback() -> None:
@@ -175,16 +175,17 @@ async def fetch_async() -> None:
 
 
 @pytest.mark.parametrize("function", [fetch, fetch_async])
-def test_a_failed_background_task_names_callback_hook_and_task(function: Any) -> None:
-    ctx = make_ctx()
-    with pytest.raises(HookError) as caught:
-        run(starts("A", function), ctx=ctx)
-    assert str(caught.value) == (
-        f"callback 'A' failed in hook on_before_init {HERE} (phase: before init): its background "
-        f"task {function.__name__!r} raised ValueError: boom{FIX}"
+def test_a_failed_background_task_names_callback_hook_and_task(
+    run_stack: RunStack, function: Any
+) -> None:
+    outcome = run_stack(starts("A", function))
+    error = outcome.assert_failed()
+    assert str(error) == (
+        f"callback 'A' failed in hook on_before_init {ON_NODE} (phase: before init): its "
+        f"background task {function.__name__!r} raised ValueError: boom{FIX}{ONCE.format('A')}"
     )
-    assert type(caught.value.__cause__) is ValueError
-    assert calls(ctx)[1] == ("A", function.__name__, "failed")
+    assert type(error.__cause__) is ValueError
+    assert calls(outcome)[1] == ("A", function.__name__, "failed")
 
 
 def test_a_background_task_that_fails_in_a_hook_it_calls_is_named_too() -> None:
@@ -293,21 +294,22 @@ def test_a_task_that_was_started_right_before_the_failure_is_ended_too() -> None
     asyncio.run(main())
 
 
-def test_on_error_warn_logs_a_failed_background_task(caplog: pytest.LogCaptureFixture) -> None:
+def test_on_error_warn_logs_a_failed_background_task(
+    run_stack: RunStack, caplog: pytest.LogCaptureFixture
+) -> None:
     with hook_log(caplog):
-        ctx = run(starts("A", fetch, on_error="warn"))
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
+        outcome = run_stack(starts("A", fetch, on_error="warn")).assert_succeeded()
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "its background task 'fetch' raised ValueError: boom" in record.getMessage()
     assert record.getMessage().endswith("(on_error: warn, going on)")
     assert "Traceback (most recent call last):" in caplog.text
-    assert calls(ctx) == [("A", "", "returned"), ("A", "fetch", "warned")]
+    assert calls(outcome) == [("A", "", "returned"), ("A", "fetch", "warned")]
 
 
 @pytest.mark.parametrize("error", EXITS)
 @pytest.mark.parametrize("kind", ["thread", "coroutine"])
 def test_an_exit_of_a_background_task_is_a_failure_of_its_callback(
-    error: type[BaseException], kind: str
+    run_stack: RunStack, error: type[BaseException], kind: str
 ) -> None:
     def exits() -> None:
         raise error("out")
@@ -316,37 +318,31 @@ def test_an_exit_of_a_background_task_is_a_failure_of_its_callback(
         exits()
 
     task = exits if kind == "thread" else exits_async
-    ctx = make_ctx()
-    with pytest.raises(HookError) as caught:
-        run(starts("A", task, on_error="warn"), ctx=ctx)
-    assert str(caught.value).startswith("callback 'A' failed in hook on_before_init")
-    assert re.search(
-        rf"its background task '{task.__name__}' raised .*{error.__name__}: out{ON_EXIT}$",
-        str(caught.value),
+    outcome = run_stack(starts("A", task, on_error="warn"))
+    outcome.assert_failed(
+        rf"^callback 'A' failed in hook on_before_init .*its background task '{task.__name__}' "
+        rf"raised .*{error.__name__}: out{ON_EXIT}{ONCE.format('A')}$"
     )
-    assert calls(ctx)[1] == ("A", task.__name__, "failed")
+    assert calls(outcome)[1] == ("A", task.__name__, "failed")
 
 
-def test_awaiting_a_background_task_that_exits_does_not_end_the_loop() -> None:
+def test_awaiting_a_background_task_that_exits_does_not_end_the_loop(run_stack: RunStack) -> None:
     class Waits:
         async def on_before_init(self, ctx: Any) -> None:
             await asyncio.wrap_future(ctx.run_in_background(sys.exit, "out"))
 
-    with pytest.raises(HookError, match=r"callback 'Waits' failed .*SystemExit: out"):
-        run(Waits)
+    run_stack(Waits).assert_failed("SystemExit: out", callback="Waits")
 
 
-def test_a_background_task_that_raises_stop_iteration_fails_like_any_other() -> None:
+@pytest.mark.timeout(FOREVER)
+def test_a_background_task_that_raises_stop_iteration_fails_like_any_other(
+    run_stack: RunStack,
+) -> None:
     def takes_the_next() -> object:
         return next(iter([]))
 
-    async def main() -> None:
-        work = before_init(make_manager(starts("A", takes_the_next)), make_ctx())
-        await asyncio.wait_for(work, FOREVER)
-
     text = r"its background task 'takes_the_next' raised .*StopIteration"
-    with pytest.raises(HookError, match=text):
-        asyncio.run(main())
+    run_stack(starts("A", takes_the_next)).assert_failed(text)
 
 
 def test_outside_of_a_hook_nothing_can_run_in_the_background() -> None:
@@ -355,12 +351,13 @@ def test_outside_of_a_hook_nothing_can_run_in_the_background() -> None:
         make_ctx().run_in_background(fetch)
 
 
-def test_a_callable_without_a_name_is_named_by_its_class() -> None:
+def test_a_callable_without_a_name_is_named_by_its_class(run_stack: RunStack) -> None:
     class Fetch:
         def __call__(self) -> None:
             pass
 
-    assert calls(run(starts("A", Fetch())))[1] == ("A", "Fetch", "returned")
+    outcome = run_stack(starts("A", Fetch())).assert_succeeded()
+    assert calls(outcome)[1] == ("A", "Fetch", "returned")
 
 
 def test_a_hook_is_called_in_a_thread_and_its_result_returned() -> None:
@@ -381,19 +378,26 @@ def test_a_hook_is_called_in_a_thread_and_its_result_returned() -> None:
         ("on_after_init", "after init"),
     ],
 )
-def test_a_hook_is_called_within_its_own_limit(
-    hook: str, phase: str, release: threading.Event
+def test_a_hook_is_called_within_its_own_limit(run_stack: RunStack, hook: str, phase: str) -> None:
+    outcome = run_stack(Hang(hook, blocking=True), time_limits={hook: 0.05})
+    assert str(outcome.assert_failed()).startswith(
+        f"callback 'Hang' failed in hook {hook} {ON_NODE} (phase: {phase}): not done after 0.05 s, "
+        f"the time limit {hook!r}; "
+    )
+
+
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.parametrize(("ours", "longest"), [(0.05, 9.0), (9.0, 0.05), (None, 0.05)])
+def test_the_lesser_of_two_limits_counts(
+    ours: float | None, longest: float, release: threading.Event
 ) -> None:
     def blocks(ctx: CallbackCtx) -> None:
         release.wait()
 
-    manager = make_manager(hooked(blocks, hook), time_limits=TimeLimits(**{hook: 0.05}))
-    with pytest.raises(HookError) as caught:
-        asyncio.run(running.call_hook(manager, hook, make_ctx()))
-    assert str(caught.value).startswith(
-        f"callback 'blocks' failed in hook {hook} {HERE} (phase: {phase}): not done after 0.05 s, "
-        f"the time limit {hook!r}; "
-    )
+    hook = "on_shutdown"
+    manager = make_manager(hooked(blocks, hook), time_limits=TimeLimits(on_shutdown=ours))
+    with pytest.raises(HookError, match=r"not done after 0\.05 s, the time limit 'on_shutdown'"):
+        asyncio.run(running.call_hook(manager, hook, make_ctx(), longest))
 
 
 async def limited(
@@ -412,23 +416,19 @@ async def limited(
         await threads.run_in_thread(chain)
 
 
-TOO_LATE = (
-    f"failed in hook on_before_init {HERE} (phase: before init): not done after 0.05 s, the time "
-    "limit 'on_before_init'; see what it waits for, or raise the limit in time_limits"
-)
-
-
 @pytest.mark.usefixtures("_impatient")
-def test_a_hook_that_blocks_for_ever_is_given_up(release: threading.Event) -> None:
-    def blocks(ctx: CallbackCtx) -> None:
-        release.wait()
-
-    ctx = make_ctx()
-    with pytest.raises(HookError) as caught:
-        asyncio.run(limited(make_manager(hooked(blocks)), ctx))
-    assert str(caught.value) == f"callback 'blocks' {TOO_LATE}"
-    assert isinstance(caught.value.__cause__, TimeoutError)
-    assert calls(ctx) == [("blocks", "", "timed out")]
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_hook_that_hangs_is_given_up_and_named(run_stack: RunStack, blocking: bool) -> None:
+    hanging = Hang("on_before_init", blocking=blocking)
+    outcome = run_stack(hanging, time_limits={"on_before_init": 0.05})
+    error = outcome.assert_failed()
+    assert str(error) == (
+        f"callback 'Hang' failed in hook on_before_init {ON_NODE} (phase: before init): not done "
+        "after 0.05 s, the time limit 'on_before_init'; see what it waits for, or raise the limit "
+        f"in time_limits{ONCE.format('Hang')}"
+    )
+    assert isinstance(error.__cause__, TimeoutError)
+    assert calls(outcome) == [("Hang", "", "timed out")]
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -460,17 +460,6 @@ def test_an_async_hook_that_waits_for_ever_is_cancelled() -> None:
     with pytest.raises(HookError, match=r"not done after 0.05 s, the time limit 'on_before_init'"):
         asyncio.run(limited(make_manager(Waits), make_ctx()))
     assert cleaned.is_set()
-
-
-def test_an_async_hook_that_waits_for_ever_is_named() -> None:
-    async def waits(ctx: CallbackCtx) -> None:
-        await asyncio.Event().wait()
-
-    ctx = make_ctx()
-    with pytest.raises(HookError) as caught:
-        asyncio.run(limited(make_manager(hooked(waits)), ctx))
-    assert str(caught.value) == f"callback 'waits' {TOO_LATE}"
-    assert calls(ctx) == [("waits", "", "timed out")]
 
 
 @pytest.mark.usefixtures("_impatient")
@@ -506,12 +495,10 @@ def test_a_step_without_a_callback_is_given_up_without_naming_one() -> None:
     )
 
 
-def test_a_timeout_of_the_callbacks_own_is_its_failure() -> None:
-    def times_out(ctx: CallbackCtx) -> None:
-        raise TimeoutError("the store does not answer")
-
-    with pytest.raises(HookError, match="TimeoutError: the store does not answer;"):
-        asyncio.run(limited(make_manager(hooked(times_out)), make_ctx()))
+def test_a_timeout_of_the_callbacks_own_is_its_failure(run_stack: RunStack) -> None:
+    fails = Fail("on_before_init", TimeoutError("the store does not answer"))
+    outcome = run_stack(fails, time_limits={"on_before_init": FOREVER})
+    outcome.assert_failed("TimeoutError: the store does not answer;", callback="Fail")
 
 
 def test_a_timeout_of_a_step_is_not_taken_for_the_limit() -> None:
@@ -531,14 +518,13 @@ def test_no_limit_is_none() -> None:
     asyncio.run(main())
 
 
-def cleans(name: str, run: Callable[[CallbackCtx], object] = lambda ctx: None) -> dict[str, Any]:
+def cleans(name: str) -> dict[str, Any]:
     class Cleans:
         def on_before_init(self, ctx: CallbackCtx) -> None:
             pass
 
         def on_init_failed(self, ctx: CallbackCtx) -> None:
             ctx.custom_data.setdefault("cleaned", []).append(name)
-            run(ctx)
 
     return {"callback": Cleans, "name": name}
 
@@ -568,30 +554,21 @@ def test_who_had_started_on_another_node_only_does_not_clean_up_here() -> None:
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_a_clean_up_that_blocks_for_ever_is_given_up(release: threading.Event) -> None:
-    def blocks(ctx: CallbackCtx) -> None:
-        release.wait()
-
-    limits = TimeLimits(on_init_failed=0.05)
-    manager = make_manager(cleans("A"), cleans("B", blocks), time_limits=limits)
-    ctx = make_ctx()
-    (failure,) = clean_up(manager, ctx, "A", "B")
+def test_a_clean_up_that_blocks_for_ever_is_given_up(run_stack: RunStack) -> None:
+    stack = [cleans("A"), Hang("on_init_failed", blocking=True), Fail("on_engine_ready")]
+    outcome = run_stack(stack, time_limits={"on_init_failed": 0.05})
+    (failure,) = outcome.assert_failed(callback="Fail").cleanup_errors
     assert str(failure) == (
-        f"callback 'B' failed in hook on_init_failed {HERE} (phase: clean-up): not done after "
-        "0.05 s, the time limit 'on_init_failed'; see what it waits for, or raise the limit in "
-        "time_limits"
+        f"callback 'Hang' failed in hook on_init_failed {ON_NODE} (phase: clean-up): not done "
+        "after 0.05 s, the time limit 'on_init_failed'; see what it waits for, or raise the limit "
+        "in time_limits"
     )
-    assert ctx.custom_data["cleaned"] == ["B"]
+    assert [call.callback for call in outcome.calls(hook="on_init_failed")] == ["Hang"]
 
 
 @pytest.mark.usefixtures("_impatient")
-def test_a_clean_up_after_a_hook_that_was_given_up(release: threading.Event) -> None:
-    def blocks(ctx: CallbackCtx) -> None:
-        release.wait()
-
-    ctx = make_ctx()
-    manager = make_manager(cleans("A"), hooked(blocks))
-    with pytest.raises(HookError, match="callback 'blocks' failed"):
-        asyncio.run(limited(manager, ctx))
-    assert clean_up(manager, ctx) == []
-    assert ctx.custom_data["cleaned"] == ["A"]
+def test_a_clean_up_after_a_hook_that_was_given_up(run_stack: RunStack) -> None:
+    stack = [cleans("A"), Hang("on_before_init", blocking=True)]
+    outcome = run_stack(stack, time_limits={"on_before_init": 0.05})
+    assert outcome.assert_failed(callback="Hang").cleanup_errors == []
+    assert outcome.custom_data["cleaned"] == ["A"]

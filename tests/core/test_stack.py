@@ -5,7 +5,8 @@ import dataclasses
 import enum
 import pickle
 import re
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from steps import EXITS, step
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.masking import shown
-from rayserve_hooks.core.stack import DISABLE_VARIABLE, CallbackEntry, CallbackStack
+from rayserve_hooks.core.stack import DISABLE_VARIABLE, CallbackEntry, CallbackStack, Configured
 from rayserve_hooks.errors import CallbackConfigError
 
 
@@ -341,6 +342,20 @@ def test_a_callback_is_switched_off_with_a_warning(
     ]
 
 
+def test_where_an_app_is_built_the_replicas_environment_counts() -> None:
+    stack = CallbackStack.parse([step("a"), step("b")])
+    found = stack.for_deployment("app", {DISABLE_VARIABLE: "a"})
+    assert [entry.name for entry in found.entries] == ["b"]
+
+
+def test_what_on_configure_left_makes_no_other_stack() -> None:
+    stack = CallbackStack.parse(["lifecycle_callbacks:Plain"])
+    configured = replace(stack, configured=Configured((), {"x": b""}, ("a",)))
+    assert (configured, configured.key) == (stack, stack.key)
+    sent = pickle.loads(pickle.dumps(configured.for_deployment("app")))
+    assert sent.configured == configured.configured
+
+
 @pytest.mark.parametrize(("names", "known"), [("ba", "a, b"), ("", "none")])
 def test_an_unknown_name_to_switch_off(
     names: str, known: str, monkeypatch: pytest.MonkeyPatch
@@ -484,3 +499,40 @@ def test_a_constructor_that_exits_is_named(error: type[BaseException]) -> None:
         "raise an Exception there instead$",
     ):
         make_stack({"callback": Exits, "kwargs": {"token": "s3cr3t-value"}}).build()
+
+
+@pytest.mark.parametrize(
+    ("name", "already", "value"),
+    [
+        ("Plain", None, "Plain"),
+        ("Plain", "", "Plain"),
+        ("Plain", " Other ,", "Other,Plain"),
+        ("my own", None, "'my own'"),
+    ],
+)
+def test_the_way_to_start_without_a_callback(
+    name: str, already: str | None, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [{"callback": Plain, "name": other} for other in ("Other", name)]
+    stack = make_stack(*others)
+    if already is None:
+        monkeypatch.delenv(DISABLE_VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(DISABLE_VARIABLE, already)
+    text = f"set {DISABLE_VARIABLE}={value} to start once without it"
+    assert stack.way_without(name) == text
+    # It is true.
+    (names,) = shlex.split(value)
+    monkeypatch.setenv(DISABLE_VARIABLE, names)
+    left = {entry.name for entry in stack.for_deployment("app").entries}
+    assert left == {"Other", name} - set(names.split(","))
+
+
+@pytest.mark.parametrize("name", ["a,b", " padded", "padded "])
+def test_a_callback_that_the_variable_cannot_name_has_no_such_way(name: str) -> None:
+    assert make_stack({"callback": Plain, "name": name}).way_without(name) == ""
+
+
+@pytest.mark.parametrize("name", [None, "by_hand"])
+def test_what_no_config_names_has_no_such_way(name: str | None) -> None:
+    assert make_stack(Plain).way_without(name) == ""
