@@ -17,12 +17,9 @@ from pydantic import (
 from rayserve_hooks.cluster import _ray
 from rayserve_hooks.cluster._ray import LLMConfig as RayLLMConfig
 from rayserve_hooks.cluster.placement import refuse_unplaceable
-from rayserve_hooks.cluster.stacks import parse
-from rayserve_hooks.core.inspection import is_a
-from rayserve_hooks.core.manager import manager_of
-from rayserve_hooks.core.masking import shown
+from rayserve_hooks.cluster.stacks import checked, expanded, needs_engine, parse
 from rayserve_hooks.core.stack import CallbackEntry, CallbackStack
-from rayserve_hooks.errors import CallbackConfigError, Problems
+from rayserve_hooks.errors import CallbackConfigError
 
 
 class LLMConfig(RayLLMConfig):
@@ -72,29 +69,7 @@ class LLMConfig(RayLLMConfig):
     def _expand_short_forms(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        data = dict(data)
-        model_id = data.pop("model_id", None)
-        if model_id is not None:
-            loading = data.setdefault("model_loading_config", {"model_id": model_id})
-            in_dict = isinstance(loading, dict)
-            named = loading.get("model_id") if in_dict else getattr(loading, "model_id", model_id)
-            if named is None and in_dict:
-                data["model_loading_config"] = {**loading, "model_id": model_id}
-            elif named != model_id:
-                raise CallbackConfigError(
-                    f"model_id {shown(model_id)} and model_loading_config's model_id "
-                    f"{shown(named)} differ; give one of them"
-                )
-        callback = data.pop("callback", None)
-        if callback is not None:
-            given = data.get("callbacks")
-            # Not its truth value, which of a value of any class may be code.
-            if given is not None and not (is_a(given, (list, tuple)) and len(given) == 0):
-                raise CallbackConfigError(
-                    "both callback and callbacks are given; list all of them in callbacks"
-                )
-            data["callbacks"] = [callback]
-        return data
+        return expanded(data)
 
     @model_validator(mode="after")
     def _check_callbacks(self) -> LLMConfig:
@@ -113,27 +88,36 @@ class LLMConfig(RayLLMConfig):
             )
         on_error = "raise" if settings.raise_error_on_callback else "warn"
         stack = parse(self.callbacks, self.time_limits, on_error)
-        from ray import cloudpickle
-
-        problems = Problems()
-        with problems.collected():
-            manager_of(stack.for_deployment(_ray.deployment_name(self.model_id)).here())
-        with problems.collected():
-            stack.freeze(cloudpickle.dumps)
-        problems.raise_all()
+        checked(stack, _ray.deployment_name(self.model_id), self.runtime_env, self.server_cls)
         # In place of the objects: what travels is the callbacks as they are configured here.
         self.callbacks = list(stack.entries)
+        _ray.set_callback(self, None)
         self.callback_config = _ray.hooks_callback_config(stack, settings.raise_error_on_callback)
 
     def get_engine_config(self) -> Any:
         """Return the engine's part; Ray asks for it where it builds a deployment.
+
+        There the deployment gets our engine class, if a callback has a hook that it runs.
 
         Raises:
             PlacementError: This process is connected to a cluster that can never hold a replica.
         """
         engine = self.unchecked_engine_config()
         refuse_unplaceable(self)
+        stack = self.callback_config.callback_kwargs.get("stack")
+        if (
+            isinstance(stack, CallbackStack)
+            and not _ray.in_actor()
+            and needs_engine(stack, _ray.deployment_name(self.model_id))
+        ):
+            _ray.name_engine(self)
         return engine
+
+    def get_or_create_callback(self) -> Any:
+        """Return the callback in Ray's slot; outside of a replica no group is made for it."""
+        from rayserve_hooks.cluster.slot import callback_of
+
+        return callback_of(self)
 
     def unchecked_engine_config(self) -> Any:
         """Return the engine's part without a look at the cluster."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rayserve_hooks.cluster import _ray
@@ -15,8 +16,12 @@ from rayserve_hooks.download.caller import Caller, ProgressBar
 from rayserve_hooks.errors import Phase
 
 
-def download_caller(model_id: str, node_id: str | None = None) -> Caller:
+def download_caller(
+    model_id: str, node_id: str | None = None, fetched: Callable[[int], object] = lambda _: None
+) -> Caller:
     """Return the caller of this process's download, as which it logs, waits and is cancelled.
+
+    ``fetched`` is called with how many bytes came, once for each transfer.
 
     ``RAYSERVE_HOOKS_PROGRESS=1`` in a replica's environment shows a progress bar on the driver's
     terminal; on a driver a terminal has one anyway, unless the variable is ``0``.
@@ -33,6 +38,7 @@ def download_caller(model_id: str, node_id: str | None = None) -> Caller:
         label=_ray.deployment_name(model_id),
         check_cancelled=check_given_up,
         progress_bar=_progress_bar if wanted == "1" else None,
+        fetched=fetched,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from rayserve_hooks.cluster import _ray
+from rayserve_hooks.cluster.platform import Platform
 from rayserve_hooks.cluster.travel import NodeReply
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.failures import step_error
@@ -70,7 +71,7 @@ def merge(ctx: CallbackCtx, reply: NodeReply) -> None:
     recorder_of(ctx).adopt(extra_init_kwargs=merged)
 
 
-def set_model_path(ctx: CallbackCtx) -> None:
+def set_model_path(ctx: CallbackCtx, platform: Platform = _ray) -> None:
     """Make the engine load the model from where the nodes have it; it must be one path."""
     reported = [ctx.handled] if ctx.handled is not None else ctx.nodes.values()
     paths = {str(source.model_path) for source in reported if source.model_path is not None}
@@ -83,14 +84,14 @@ def set_model_path(ctx: CallbackCtx) -> None:
             "each, for example by a symbolic link",
         )
     for path in paths:
-        _ray.set_model_path(ctx.llm_config, path)
+        platform.set_model_path(ctx.llm_config, path)
 
 
-def set_engine_kwargs(ctx: CallbackCtx) -> None:
+def set_engine_kwargs(ctx: CallbackCtx, platform: Platform = _ray) -> None:
     """Merge ``ctx.extra_init_kwargs`` into the engine's keyword arguments."""
     for name, value in ctx.extra_init_kwargs.items():
         try:
-            _ray.set_engine_kwargs(ctx.llm_config, {name: value})
+            platform.set_engine_kwargs(ctx.llm_config, {name: value})
         except ValueError as error:
             path, detail = f"extra_init_kwargs.{name}", describe(error)
             failure = step_error(ctx, Phase.ENGINE_ARGUMENTS, detail, path, error)

@@ -6,14 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from rayserve_hooks.cluster import _ray, engine_arguments
+from rayserve_hooks.cluster import engine_arguments
 from rayserve_hooks.cluster.node import check_brought, initialize_this_node
 from rayserve_hooks.cluster.ray_callback import packed_instances
 from rayserve_hooks.cluster.remote_node import RemoteNode
-from rayserve_hooks.cluster.stacks import stack_of
 from rayserve_hooks.cluster.supervision import Initialization
-from rayserve_hooks.cluster.travel import ModelSource, request_for
-from rayserve_hooks.cluster.versions import check_ray
+from rayserve_hooks.cluster.travel import ModelSource, dumps, request_for
 from rayserve_hooks.context import CallbackCtx, NodeInfo, NodeResult
 from rayserve_hooks.core.running import with_background
 from rayserve_hooks.core.stack import CallbackStack
@@ -27,54 +25,41 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-check_ray()  # here, and not at the first call, which may come after minutes
-
-
-async def initialize_node(
-    config: LLMConfig, *, placement_group: PlacementGroup | None = None
-) -> CallbackCtx:
-    """Initialize all nodes of a deployment, with its callbacks.
-
-    Inside a Serve replica `HooksCallback` does this; anywhere else connect to Ray first.
-    Synchronous callbacks run in a thread, so the calling event loop stays free.
-
-    Args:
-        config: An ``LLMConfig`` of this package or, configured with ``HooksCallback``, of Ray.
-            Its engine config gets the model path and the callbacks' ``extra_init_kwargs``.
-        placement_group: The group that callbacks find in the context; by default the one this
-            process runs in, which in a replica is Serve's. Without either, and unless a callback
-            supplies one, the config's default group is created.
-
-    Returns:
-        The context after ``on_after_init``: ``nodes``, ``trace``, ``placement_group`` and what
-        the callbacks left in the other fields.
-
-    Raises:
-        CallbackConfigError: The config's callbacks cannot be loaded.
-        HookError: A callback or a node failed. The other nodes are stopped, and a placement group
-            created here is removed.
-    """
-    return await initialize(config, stack_of(config), placement_group)
-
 
 async def initialize(
     config: LLMConfig, stack: CallbackStack, placement_group: PlacementGroup | None
 ) -> CallbackCtx:
     """Initialize all nodes of a deployment with a given stack; see `initialize_node`."""
-    this = Initialization(config, stack, placement_group)
+    return await run(Initialization(config, stack, placement_group))
+
+
+async def run(this: Initialization) -> CallbackCtx:
+    """Go the whole path, on whichever platform."""
     async with this.supervised():
+        await prepare(this)
+    return this.ctx
+
+
+async def prepare(this: Initialization) -> None:
+    """Initialize all nodes; `Initialization.supervised` cleans up after a failure."""
+    this.log_start()
+    async with this.within_total():
+        await run_in_thread(this.take_up_configured)
         await with_background(this.manager, this.ctx, _make_nodes_ready(this))
         this.recorder.set_own_custom_data()
         this.enter(Phase.ENGINE_ARGUMENTS)
-        engine_arguments.set_model_path(this.ctx)
-        engine_arguments.set_engine_kwargs(this.ctx)
+        engine_arguments.set_model_path(this.ctx, this.platform)
+        engine_arguments.set_engine_kwargs(this.ctx, this.platform)
         this.enter(Phase.AFTER_INIT)
         await with_background(this.manager, this.ctx, this.call("on_after_init"))
         this.enter(Phase.ENGINE_ARGUMENTS)
-        engine_arguments.set_engine_kwargs(this.ctx)
-        _ray.stream_from_mirror(config)
+        engine_arguments.set_engine_kwargs(this.ctx, this.platform)
+        this.platform.stream_from_mirror(this.ctx.llm_config)
         this.environment.export(this.phase)
-    return this.ctx
+        this.enter(Phase.BEFORE_ENGINE_INIT)
+        await this.processes.prepare()
+    this.log_summary()
+    this.prepared.set()
 
 
 async def _make_nodes_ready(this: Initialization) -> None:
@@ -94,16 +79,14 @@ async def _make_nodes_ready(this: Initialization) -> None:
 async def _initialize_nodes(this: Initialization, nodes: list[NodeInfo]) -> None:
     """Initialize every node at once: this one in a thread, the others by an actor each."""
     ctx = this.ctx
-    source = ModelSource(*_ray.model_source(ctx.llm_config))
+    source = ModelSource(*this.platform.model_source(ctx.llm_config))
     others = [node for node in nodes if not node.is_local]
     if others:
-        from ray import cloudpickle
-
-        config = cloudpickle.dumps(ctx.llm_config)
+        config = dumps(ctx.llm_config)
         instances = await run_in_thread(packed_instances, this.manager, ctx)
         for node in others:
             request = request_for(node, ctx, this.manager.stack, source, config, instances)
-            this.others.append(RemoteNode(request, ctx.runtime_env))
+            this.others.append(RemoteNode(request, ctx.runtime_env, this.platform))
     waits = [_logged(node.wait(), node) for node in this.others]
     if len(others) < len(nodes):
         here = initialize_this_node(this.manager, ctx, source, this.enter)

@@ -21,7 +21,9 @@ from rayserve_hooks.core.running import call_hook, time_limit
 from rayserve_hooks.core.takeovers import named, taken_over_by
 from rayserve_hooks.errors import Phase, describe, raise_from
 
-_ENGINES_OWN = re.compile(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?$|\w[\w+.-]+://(?<!file://)")
+_ENGINES_OWN = re.compile(
+    r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?\Z|\w[\w+.-]+://(?<!file://)", re.IGNORECASE
+)
 
 
 async def initialize_this_node(
@@ -41,9 +43,13 @@ async def initialize_this_node(
         path = None if handled.model_path is None else str(handled.model_path)
         return NodeResult(ctx.node, path, {}, handled, hook_s, 0.0)
     on_phase(Phase.DOWNLOAD)
-    started = time.perf_counter()
-    path = await _download(ctx, source, manager.stack.time_limits.download)
-    return NodeResult(ctx.node, path, {}, None, hook_s, time.perf_counter() - started)
+    started, start = time.perf_counter(), time.time()
+    fetched: list[int] = []
+    path = await _download(ctx, source, manager.stack.time_limits.download, fetched.append)
+    seconds = time.perf_counter() - started
+    if path is None and not fetched:
+        start = 0.0  # the engine fetches its model itself
+    return NodeResult(ctx.node, path, {}, None, hook_s, seconds, sum(fetched), start)
 
 
 async def check_brought(handled: Handled, hook: str, ctx: CallbackCtx) -> None:
@@ -66,7 +72,9 @@ async def check_brought(handled: Handled, hook: str, ctx: CallbackCtx) -> None:
     raise entry_error(entry, ctx.node, PHASES[hook], detail)
 
 
-async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) -> str | None:
+async def _download(
+    ctx: CallbackCtx, source: ModelSource, limit: float | None, fetched: Callable[[int], object]
+) -> str | None:
     mode = "local_node_download_model" if ctx.node.is_local else "worker_node_download_model"
     from_hub = mode in recorder_of(ctx).assigned
     if source.mirror is None and not from_hub:
@@ -82,7 +90,7 @@ async def _download(ctx: CallbackCtx, source: ModelSource, limit: float | None) 
                 source.mirror,
                 getattr(ctx, mode),
                 from_hub=from_hub,
-                caller=download_caller(source.model_id, ctx.node.id),
+                caller=download_caller(source.model_id, ctx.node.id, fetched),
             )
         except Exception as error:
             failure = step_error(ctx, Phase.DOWNLOAD, describe(error), cause=error)

@@ -6,7 +6,8 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from rayserve_hooks.cluster import travel
+from rayserve_hooks.cluster import _vllm, travel
+from rayserve_hooks.cluster.engine_folder import EngineFolder, Report
 from rayserve_hooks.cluster.node import initialize_this_node
 from rayserve_hooks.cluster.ray_callback import unpack_instances
 from rayserve_hooks.context import CallbackCtx
@@ -22,7 +23,32 @@ _RECEIPT_S = 10.0
 _GIVE_UP_S = 2.0
 
 
-class NodeActor:
+class FolderActor:
+    """Keeps this node's folder of a start, for the engine's processes on this node."""
+
+    _engine_folder: EngineFolder | None = None
+
+    async def make_engine_folder(self, mark: str, request: object) -> str:
+        """Make the folder, and return why vLLM would not run hooks on this node; "" if it will."""
+        problem = _vllm.problem_here()
+        if not problem:
+            make = EngineFolder.make
+            self._engine_folder = await threads.run_in_thread(make, mark, request)
+        return problem
+
+    async def engine_reports(self) -> list[Report]:
+        """Return what the engine's processes on this node have reported."""
+        folder = self._engine_folder
+        return [] if folder is None else await threads.run_in_thread(folder.reports)
+
+    async def remove_engine_folder(self) -> None:
+        """Remove the folder."""
+        folder, self._engine_folder = self._engine_folder, None
+        if folder is not None:
+            await threads.run_in_thread(folder.remove)
+
+
+class NodeActor(FolderActor):
     """Initializes its node, says meanwhile what it does, and cleans up on the same instances.
 
     ``attempt`` is how often the node's process was started, for the trace.

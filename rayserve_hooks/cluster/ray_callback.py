@@ -19,7 +19,7 @@ from rayserve_hooks.core.inspection import Unbuilt, is_a, names_of
 from rayserve_hooks.core.loading import argument_problems, raise_problems
 from rayserve_hooks.core.manager import PluginManager
 from rayserve_hooks.core.recorder import recorder_of
-from rayserve_hooks.errors import CallbackConfigError, HookError, did_you_mean
+from rayserve_hooks.errors import CallbackConfigError, HookError, HooksError, did_you_mean
 
 
 def adapt_ray_callback(found: object, kwargs: Mapping[str, Any]) -> RayCallback | None:
@@ -206,7 +206,8 @@ def _fatal(ctx: CallbackCtx, blame: Blame, advice: str) -> Iterator[None]:
         raise
     except Exception as error:
         failure = hook_error(error, ctx, blame)
-        failure.advice = advice
+        if not isinstance(error, HooksError):  # ours say themselves what to do
+            failure.advice = advice
         raise failure from failure.__cause__
 
 

@@ -18,9 +18,12 @@ from rayserve_hooks.core.validation import adapter, problems_of
 from rayserve_hooks.errors import did_you_mean
 
 _IMPORT_PATH = r"^([^:]+:[^:]+|[^:.][^:]*\.[^:.]+)$"
-_REMOTE = ("s3://", "gs://", "abfss://", "azure://")
+REMOTE = ("s3://", "gs://", "abfss://", "azure://")
+"""How the URI of a store begins."""
+STREAMING_LOAD_FORMATS = ("runai_streamer", "runai_streamer_sharded", "tensorizer")
+"""With these ``load_format`` the engine reads the weights from the store itself."""
 
-Remote = Annotated[str, StringConstraints(pattern=f"^({'|'.join(_REMOTE)})")]
+Remote = Annotated[str, StringConstraints(pattern=f"^({'|'.join(REMOTE)})")]
 Bundle = dict[str, Annotated[float, Field(ge=0)]]
 LLMConfigOrFile = str | dict[str, Any]  # a string is the path of a YAML file
 
@@ -85,12 +88,23 @@ class PrefillDecodeArgs(_Ingress):
     decode_config: LLMConfigOrFile
 
 
+@dataclass(kw_only=True)
+class PrefillDecodeArgsWithProxy(PrefillDecodeArgs):
+    """The same where `_ray.takes_a_proxy`: Ray takes what configured one, and ignores it."""
+
+    proxy_cls_config: dict[str, Any] | None = None
+    proxy_deployment_config: dict[str, Any] | None = None
+
+
 BUILDERS: dict[str, type[_Ingress]] = {
     "ray.serve.llm:build_openai_app": OpenAIArgs,
     "ray.serve.llm:build_dp_openai_app": DataParallelArgs,
     "ray.serve.llm:build_pd_openai_app": PrefillDecodeArgs,
+    "rayserve_hooks:build_openai_app": OpenAIArgs,
+    "rayserve_hooks:build_dp_openai_app": DataParallelArgs,
+    "rayserve_hooks:build_pd_openai_app": PrefillDecodeArgs,
 }
-"""The arguments of each builder, by its import path."""
+"""The arguments of each builder, Ray's and ours, by its import path."""
 
 
 @dataclass(kw_only=True)
@@ -119,6 +133,22 @@ class ModelLoadingConfig:
     model_id: str
     model_source: str | dict[str, Any] | None = None
     tokenizer_source: str | None = None
+
+
+@dataclass(kw_only=True)
+class ModelSource:
+    """``model_source`` of a ``model_loading_config``, where it is a mapping."""
+
+    bucket_uri: Remote | None = None
+    extra_files: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class IngressCls:
+    """``ingress_cls_config`` of a builder's ``args``."""
+
+    ingress_cls: str = ""
+    ingress_extra_kwargs: dict[Any, Any] | None = None
 
 
 @dataclass(kw_only=True)

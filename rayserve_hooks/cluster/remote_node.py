@@ -6,11 +6,17 @@ import asyncio
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from rayserve_hooks.cluster.node_actor import NodeActor
+from rayserve_hooks.cluster import _ray
+from rayserve_hooks.cluster.platform import (
+    NodeProcess,
+    Platform,
+    ProcessGoneError,
+    RaisedThereError,
+)
 from rayserve_hooks.cluster.travel import CleanUp, NodeReply, NodeRequest, NodeStatus
 from rayserve_hooks.context import NodeInfo, NodeResult
 from rayserve_hooks.core import threads
@@ -32,26 +38,40 @@ _START_S = 60.0  # on top of the hook's own limit: a new worker process has to s
 
 
 class RemoteNode:
-    """The initialization of another node, by an actor whose process ends with it.
+    """The initialization of another node, in a process that ends with it.
 
-    ``phase`` is None until the node's stage begins, ``reply`` until it has ended well.
+    ``phase`` is None until the node's stage begins, ``reply`` until it has ended well. ``on_news``
+    is called with this object whenever something is heard.
     """
 
-    def __init__(self, request: NodeRequest, runtime_env: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        request: NodeRequest,
+        runtime_env: dict[str, Any],
+        platform: Platform = _ray,
+        on_news: Callable[[RemoteNode], None] = lambda _: None,
+    ) -> None:
         self.node: NodeInfo = request.node
         self.phase: Phase | None = None
         self.reply: NodeReply | None = None
         self._request = request
         self._runtime_env = copy.deepcopy(runtime_env)
+        self._platform = platform
+        self._on_news = on_news
         self._earlier: list[TraceEntry] = []  # of processes that were killed
         self._calls: list[TraceEntry] = []
         self._cleaned: set[str] = set()  # callbacks that have had their clean-up
-        self._actor: Any = None
+        self._process: NodeProcess | None = None
         self._initializing = asyncio.ensure_future(self._initialize())
 
     @property
     def ended(self) -> bool:
         return self._initializing.done()
+
+    @property
+    def actor(self) -> Any:
+        """On Ray the actor of its process, which lives as long as a handle is held; else None."""
+        return getattr(self._process, "actor", None)
 
     @property
     def running(self) -> TraceEntry | None:
@@ -73,22 +93,19 @@ class RemoteNode:
         return await threads.run_in_thread(reply.unpacked)
 
     async def _initialize(self) -> NodeReply:
-        from ray.exceptions import RayError, RayTaskError
-
-        problem: RayError | None = None
+        problem: BaseException | None = None
         for attempt in range(1, _ATTEMPTS + 1):
-            self._actor = self._start(self._request, attempt)
+            process = self._process = self._start(self._request, attempt)
             try:
-                name = f"rayserve_hooks:{self._request.stack.deployment}:{self.node.address}"
-                initializing = self._actor.initialize.options(name=name).remote()
-                reply: NodeReply = await self._follow(self._actor, initializing)
-            except RayTaskError as error:
-                if isinstance(error.cause, HookError):
-                    raise_from(error.cause, error.cause.__cause__)
-                failure = self._failed(describe(error.cause), error.cause)
+                reply = await self._follow(process, process.initialize())
+            except RaisedThereError as error:
+                cause = _cause(error)
+                if isinstance(cause, HookError):
+                    raise_from(cause, cause.__cause__)
+                failure = self._failed(describe(cause), cause)
                 raise_from(failure, failure.__cause__)
-            except RayError as error:
-                self._actor, problem = None, error
+            except ProcessGoneError as error:
+                self._process, problem = None, _cause(error)
                 self._earlier, self._calls = self.trace, []
             else:
                 self.reply, self._calls = reply, reply.trace
@@ -97,30 +114,26 @@ class RemoteNode:
         detail = f"its process was killed or the node died: {describe(problem)}"
         raise self._failed(detail, problem)
 
-    def _start(self, request: NodeRequest, attempt: int) -> Any:
-        """Start an actor on the node."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    def _start(self, request: NodeRequest, attempt: int) -> NodeProcess:
+        """Start a process on the node."""
+        return self._platform.start_node_process(request, attempt, self._runtime_env)
 
-        actor: Any = ray.remote(NodeActor)
-        here = NodeAffinitySchedulingStrategy(self.node.id, soft=False)
-        actor = actor.options(num_cpus=0, scheduling_strategy=here, runtime_env=self._runtime_env)
-        return actor.remote(request, attempt)
-
-    async def _follow(self, actor: Any, call: Awaitable[T]) -> T:
-        """Wait for the actor's reply to a call, and keep what is heard meanwhile."""
+    async def _follow(self, process: NodeProcess, call: Awaitable[T]) -> T:
+        """Wait for the process's reply to a call, and keep what is heard meanwhile."""
         reply: asyncio.Future[T] = asyncio.ensure_future(call)
         status: asyncio.Future[NodeStatus] | None = None
         seen = 0
         try:
             while not reply.done():
-                status = asyncio.ensure_future(actor.status.remote(seen))
-                await asyncio.wait([reply, status], return_when=asyncio.FIRST_COMPLETED)
+                status = asyncio.ensure_future(process.status(seen))
+                either: list[asyncio.Future[Any]] = [reply, status]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if not status.done() or status.exception() is not None:
                     break  # the reply is there, or will say why
                 heard = status.result()
                 seen, self._calls = heard.number, heard.trace
                 self.phase = heard.phase or self.phase
+                self._on_news(self)
             return await reply
         finally:
             reply.cancel()
@@ -138,8 +151,6 @@ class RemoteNode:
 
         ``error`` is what ended the initialization; what fails in the clean-up is returned.
         """
-        from ray.exceptions import RayTaskError
-
         self._initializing.cancel()
         await asyncio.wait([self._initializing])
         if not self._initializing.cancelled():
@@ -150,7 +161,8 @@ class RemoteNode:
             if began or self.phase is not None or self.reply is not None:
                 await self._clean_up_all(error, failures)
         except Exception as problem:  # whatever it is, the other nodes are cleaned up
-            cause = problem.cause if isinstance(problem, RayTaskError) else problem
+            ours = isinstance(problem, RaisedThereError | ProcessGoneError)
+            cause = _cause(problem) if ours else problem
             cut_off = _innermost(self.trace, "interrupted", CLEAN_UP)
             happened = "did not end" if cut_off else "did not run"
             detail = f"on_init_failed {happened}: {describe(cause)}"
@@ -164,28 +176,25 @@ class RemoteNode:
 
     async def _clean_up_all(self, error: BaseException, failures: list[HookError]) -> None:
         """Clean up in the node's own process; where that is gone, or goes, in a new one."""
-        from ray.exceptions import RayError, RayTaskError
-
         silent_ends = 0
         while True:
-            if self._actor is None:
+            if self._process is None:
                 request = self._request_to_clean_up(failures)
                 if not manager_of(request.stack).run_order()[CLEAN_UP]:
                     return  # none that is left has anything to clean up
-                self._actor = self._start(request, _ATTEMPTS)
+                self._process = self._start(request, _ATTEMPTS)
             called = (call for call in self._earlier if call.outcome != "skipped")
             started = sorted({call.callback for call in called})
-            answer = self._actor.clean_up.remote(error, started, followed=True)
-            cleaning = self._follow(self._actor, answer)
+            cleaning = self._follow(self._process, self._process.clean_up(error, started))
             limit = self._request.stack.time_limits.on_init_failed
             try:
                 outcome: CleanUp = await asyncio.wait_for(cleaning, limit and limit + _START_S)
-            except RayError as problem:
+            except (ProcessGoneError, RaisedThereError) as problem:
                 if _innermost(self._calls, "running", CLEAN_UP) is None:
                     silent_ends += 1
-                if isinstance(problem, RayTaskError) or silent_ends == _SILENT_ENDS:
+                if isinstance(problem, RaisedThereError) or silent_ends == _SILENT_ENDS:
                     raise
-                self._actor = None
+                self._process = None
             else:
                 self._calls = outcome.trace
                 failures.extend(outcome.failures)
@@ -218,13 +227,11 @@ class RemoteNode:
 
     async def _stopped(self) -> bool:
         """Stop what the node's process does, and return whether it says that it had begun."""
-        from ray.exceptions import RayError
-
-        if self._actor is not None:
+        if self._process is not None:
             try:
-                return bool(await asyncio.wait_for(self._actor.stop.remote(), _STOP_S))
-            except RayError:
-                self._actor = None
+                return await asyncio.wait_for(self._process.stop(), _STOP_S)
+            except (ProcessGoneError, RaisedThereError):
+                self._process = None
             except TimeoutError:
                 text = "killing the process on node %s, which does not stop"
                 here = fields(phase=Phase.CLEAN_UP, node=self.node.id)
@@ -234,15 +241,18 @@ class RemoteNode:
 
     def end(self) -> None:
         """Let the node's process end, once the initialization has; nothing runs in it any more."""
-        self._actor = None  # the last handle: Ray lets the process exit in order
+        self._process = None  # the last handle: Ray lets the process exit in order
 
     def _kill(self) -> None:
-        import ray
+        if self._process is not None:
+            with contextlib.suppress(Exception):  # of one that has gone in the meantime
+                self._process.kill()
+            self._process = None
 
-        if self._actor is not None:
-            with contextlib.suppress(Exception):  # of an actor that has gone in the meantime
-                ray.kill(self._actor)
-            self._actor = None
+
+def _cause(error: BaseException) -> BaseException:
+    assert error.__cause__ is not None
+    return error.__cause__
 
 
 def _innermost(calls: list[TraceEntry], outcome: str, hook: str | None = None) -> TraceEntry | None:

@@ -29,7 +29,7 @@ def config_schema() -> dict[str, Any]:
     ours = {"properties": {"callback_class": {"enum": classes}}, "required": ["callback_class"]}
     limits = {**adapter(TimeLimits).json_schema(mode="validation"), "description": "In seconds."}
     one = {"$ref": "#/$defs/callback"}
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "type": "object",
         "properties": {
             "callbacks": {"$ref": "#/$defs/callbacks"},
@@ -37,8 +37,13 @@ def config_schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }
-    config = {"if": ours, "then": {"properties": {"callback_kwargs": kwargs}}}
-    args = _inside("llm_configs", {"items": _inside("callback_config", config)})
+    settings = {"if": ours, "then": {"properties": {"callback_kwargs": kwargs}}}
+    # What our own builders take in each config, by whichever builder it is named.
+    ours_alone = {**kwargs["properties"], "callback": {"anyOf": [one, {"type": "null"}]}}
+    properties = {"callback_config": settings, **ours_alone}
+    config = {"type": ["object", "string"], "properties": properties}
+    named = dict.fromkeys(("llm_config", "prefill_config", "decode_config"), config)
+    args = {"type": ["object", "string"], "properties": {"llm_configs": {"items": config}, **named}}
     application = {"type": "object", "properties": {"args": args}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -57,10 +62,6 @@ def _nullable(schema: dict[str, Any], *names: str) -> dict[str, Any]:
     for name in names:
         properties[name] = {"anyOf": [properties[name], {"type": "null"}]}
     return schema
-
-
-def _inside(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": ["object", "string"], "properties": {name: schema}}
 
 
 def _arguments_of(name: str) -> dict[str, Any]:

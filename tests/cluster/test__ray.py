@@ -157,6 +157,31 @@ def test_streaming_formats_download_nothing() -> None:
     assert _ray.default_download_mode(streaming) is NodeModelDownloadable.NONE
 
 
+@pytest.mark.parametrize(
+    ("own", "nodes"),
+    [
+        (None, ["head", "other"]),
+        ("0", ["head"]),
+        ("1", ["other"]),
+        ("1,0", ["head", "other"]),
+        ("7", ["head", "other"]),  # of no bundle of this group
+    ],
+)
+def test_the_nodes_of_a_group_that_replicas_share_are_those_of_the_own_bundles(
+    ray_cluster: Any, monkeypatch: pytest.MonkeyPatch, own: str | None, nodes: list[str]
+) -> None:
+    from ray.util.placement_group import placement_group
+
+    if own is None:
+        monkeypatch.delenv("VLLM_RAY_BUNDLE_INDICES", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_RAY_BUNDLE_INDICES", own)
+    group = placement_group([{"CPU": 1}, {"other": 1}])
+    assert group.wait(30)
+    ids = {"head": ray_cluster.head_id, "other": ray_cluster.other_id}
+    assert [node.id for node in _ray.nodes_of(group)] == [ids[name] for name in nodes]
+
+
 def test_the_live_nodes_and_all_they_have(ray_cluster: Any) -> None:
     nodes = {node.id: resources for node, resources in _ray.live_nodes()}
     assert nodes[ray_cluster.head_id]["CPU"] == 8

@@ -434,3 +434,20 @@ def test_ray_logs_the_environment_of_a_config_and_no_arguments_of_callbacks(
     )
     assert "of-the-environment" in caplog.text
     assert "of-the-callback" not in caplog.text
+
+
+class InEngine:
+    def on_before_engine_init(self, ctx: Any) -> None:
+        pass
+
+
+def test_vllm_plugins_that_leaves_our_hook_out_is_refused() -> None:
+    env = {"env_vars": {"VLLM_PLUGINS": "lora_filesystem_resolver"}}
+    with pytest.raises(ValidationError) as caught:
+        make(model_id="m", callbacks=[InEngine], runtime_env=env)
+    assert (
+        "on_before_engine_init of 'InEngine' would not run: VLLM_PLUGINS is "
+        "'lora_filesystem_resolver', so that vLLM does not load the plugin 'rayserve_hooks' in the "
+        "engine's processes; set VLLM_PLUGINS=lora_filesystem_resolver,rayserve_hooks, or remove it"
+    ) in str(caught.value)
+    make(model_id="m", callbacks=[Callback], runtime_env=env)

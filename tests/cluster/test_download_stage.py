@@ -49,6 +49,15 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Bar]:
     return made
 
 
+def test_who_calls_is_told_how_many_bytes_came(source: Path) -> None:
+    fetched: list[int] = []
+    for _ in range(2):  # the second time all is there
+        caller = download_caller(MODEL, fetched=fetched.append)
+        mode = NodeModelDownloadable.MODEL_AND_TOKENIZER
+        download_node(MODEL, Mirror(source.as_uri()), mode, caller=caller)
+    assert sum(fetched) == 1002
+
+
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -150,6 +150,12 @@ def test_a_download_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         ("./no", False),
         ("~/no", False),
         ("file:///no/such", False),
+        ("FILE:///no/such", False),
+        ("gpt2\n", False),
+        ("org/model/", False),
+        ("C:\\no", False),
+        ("no\0such", False),
+        ("a" * 5000 + "/b/c", False),
     ],
 )
 def test_a_path_must_be_there_and_an_id_need_not(path: str | Path, exists: bool) -> None:

@@ -6,13 +6,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from plugins_for_tests import make_ctx, sent
 
-from rayserve_hooks.cluster import node_actor
-from rayserve_hooks.cluster.node_actor import NodeActor
+from rayserve_hooks.cluster import _vllm, engine_folder, node_actor
+from rayserve_hooks.cluster.engine_folder import EngineFolder, Report
+from rayserve_hooks.cluster.node_actor import FolderActor, NodeActor
 from rayserve_hooks.cluster.travel import (
     CleanUp,
     ModelSource,
@@ -21,7 +23,7 @@ from rayserve_hooks.cluster.travel import (
     NodeStatus,
     request_for,
 )
-from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo
+from rayserve_hooks.context import CallbackCtx, Handled, NodeInfo, ProcessInfo
 from rayserve_hooks.core.stack import CallbackStack
 from rayserve_hooks.errors import HookError
 from rayserve_hooks.hookspecs import hookimpl
@@ -283,3 +285,37 @@ def test_another_process_cleans_up_with_what_had_started_in_the_first(
     assert outcome.failures == []
     assert [(call.hook, call.callback) for call in outcome.trace] == [("on_init_failed", "OnNode")]
     assert SEEN == [FIRST_FAILURE]
+
+
+def test_a_node_on_which_vllm_would_not_run_hooks_makes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_folder, "_PARENT", tmp_path)
+    monkeypatch.setattr(_vllm, "problem_here", lambda: "the reason; do this")
+    actor = FolderActor()
+
+    async def ask() -> None:
+        assert await actor.make_engine_folder("feed-n2", "x") == "the reason; do this"
+        assert await actor.engine_reports() == []
+        await actor.remove_engine_folder()
+
+    asyncio.run(ask())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_nodes_folder_is_there_until_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_folder, "_PARENT", tmp_path)
+    monkeypatch.setattr(_vllm, "problem_here", lambda: "")
+    actor = FolderActor()
+    assert not asyncio.run(actor.make_engine_folder("feed-n2", "x"))
+    folder = EngineFolder.find("feed-n2")
+    file = folder.report()
+    report = Report(NODE_2, ProcessInfo("worker", 0), ended=True)
+    file.write(report)
+    file.close()
+    folder.close()
+    assert asyncio.run(actor.engine_reports()) == [report]
+    asyncio.run(actor.remove_engine_folder())
+    assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stands in for a cluster of one node with two CPUs; its values can be changed."""
     facts: dict[str, Any] = {"autoscaler": False, "connected": True}
     monkeypatch.setattr(_ray, "may_build_deployments", lambda: facts["connected"])
-    monkeypatch.setattr(_ray, "live_nodes", lambda: [("n (10.0.0.1)", {"CPU": 2.0})])
+    facts["nodes"] = [("n (10.0.0.1)", {"CPU": 2.0})]
+    monkeypatch.setattr(_ray, "live_nodes", lambda: facts["nodes"])
     monkeypatch.setattr(_ray, "autoscaler_runs", lambda: facts["autoscaler"])
     return facts
 
@@ -35,7 +36,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("asked", "text"),
     [
-        (config([{"GPU": 1}]), "no node can hold bundle {'GPU': 1, 'CPU': 1}"),
+        (config([{"GPU": 1}]), "no node can hold bundle {'CPU': 1, 'GPU': 1}"),
         (config([{"CPU": 2}]), "no node can hold bundle {'CPU': 3}"),
         (config([{"CPU": 1}], num_gpus=1), "no node can hold bundle {'CPU': 2, 'GPU': 1}"),
         (config([{"CPU": 1}, {"CPU": 1}]), "no nodes can hold all bundles, together {'CPU': 3}"),
@@ -50,6 +51,41 @@ def test_what_no_node_has_is_refused(asked: Any, text: str, cluster: dict[str, A
         "has {'CPU': 2.0}; ask for less in placement_group_config, or where the group is made, or "
         "add nodes"
     )
+
+
+ONES = [{"CPU": 1}] * 2  # the first bundle has the replica's own CPU, too
+TWOS = [{"CPU": 1}, {"CPU": 2}, {"CPU": 2}]
+
+
+@pytest.mark.parametrize(
+    ("bundles", "strategy", "cpus", "text"),
+    [
+        (TWOS, "PACK", [3, 3], "no nodes can hold all bundles, each on one, [{'CPU': 2}, "),
+        (TWOS, "SPREAD", [5, 1], "no nodes can hold all bundles, each on one, [{'CPU': 2}, "),
+        ([{"CPU": 2}, {"CPU": 3}], "STRICT_SPREAD", [6, 1], "no 2 nodes are there for the bundles"),
+        (ONES, "STRICT_SPREAD", [9], "no 2 nodes are there for the bundles of a STRICT_SPREAD"),
+        (TWOS, "PACK", [4, 2], ""),
+        (TWOS, "SPREAD", [2, 2, 2], ""),
+        (TWOS, "STRICT_SPREAD", [2, 9, 2], ""),
+        ([{"CPU": 0.1}] * 30, "PACK", [4], ""),
+        ([{"CPU": 1}] * 90, "PACK", [7] * 13, ""),
+        ([{"CPU": 1}] * 900, "PACK", [901], ""),
+    ],
+)
+def test_bundles_must_find_a_node_each(
+    bundles: list[dict[str, float]],
+    strategy: str,
+    cpus: list[int],
+    text: str,
+    cluster: dict[str, Any],
+) -> None:
+    cluster["nodes"] = [(f"n{number}", {"CPU": float(n)}) for number, n in enumerate(cpus)]
+    if not text:
+        placement.refuse_unplaceable(config(bundles, strategy))
+        return
+    with pytest.raises(PlacementError) as caught:
+        placement.refuse_unplaceable(config(bundles, strategy))
+    assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("asked", [config([{"CPU": 1}]), config([{"CPU": 2}], num_cpus=0)])

@@ -250,7 +250,7 @@ def test_an_actor_that_somebody_else_kills_is_started_again(
         llm_config = config(log, on(third.node_id, "hang_once", begun), resources=["third"])
         running = asyncio.create_task(rayserve_hooks.initialize_node(llm_config))
         await until_async(begun.exists)
-        ray.kill(started[0])
+        ray.kill(started[0].actor)
         return await running
 
     monkeypatch.setattr("rayserve_hooks.cluster.initialize.RemoteNode", Known)

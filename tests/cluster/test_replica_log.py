@@ -76,6 +76,11 @@ def test_a_replicas_json_log_has_the_callbacks_lines_and_fields(
         assert record["phase"] == record["hook"].removeprefix("on_").replace("_", " ")
         assert record["seconds"] >= 0
         assert record["filename"] == "lifecycle_callbacks.py"
+    order = "on_before_init: mine; on_before_download: mine; on_after_init: mine"
+    own = [record for record in found if record["levelname"] == "INFO" and "phase" in record]
+    assert own[0]["message"] == (
+        f"rayserve_hooks {rayserve_hooks.__version__} initializes logs/Initializes: {order}"
+    )
     (summary,) = (r for r in found if r["message"].startswith("initialized logs/Initializes"))
     assert summary["seconds"] > 0
     assert not any("what ran" in record["message"] for record in found)

@@ -36,6 +36,19 @@ def with_callback_config(**settings: object) -> dict[str, Any]:
     return {"applications": [{"name": "llm", "args": {"llm_configs": [llm_config]}}]}
 
 
+@pytest.mark.parametrize("where", ["llm_configs", "llm_config", "prefill_config", "decode_config"])
+def test_what_our_builders_take_in_each_config_is_checked(schema: Any, where: str) -> None:
+    def found(**fields: Any) -> list[str]:
+        model = {"model_id": "m", **fields}
+        args = {where: [model] if where == "llm_configs" else model}
+        return list(reasons(schema, {"applications": [{"name": "llm", "args": args}]}))
+
+    assert found(callbacks=["a:B", {"callback": "c:D"}], time_limits={"total": 9}) == []
+    assert found(callback="startup_metrics") == []
+    assert found(callback={"callback": "a:B", "kwarg": {}})
+    assert found(time_limits={"totl": 9})
+
+
 def reasons(schema: Any, loaded: object) -> Iterator[str]:
     """Yield what is wrong, of alternatives what is wrong with each."""
     pending = list(schema.iter_errors(loaded))
@@ -120,3 +133,13 @@ def test_what_is_rays_is_left_open(schema: Any) -> None:
     rays["applications"][0]["args"]["llm_configs"].append("a/file.yaml")
     rays["proxy_location"] = "EveryNode"
     assert not list(reasons(schema, rays))
+
+
+@pytest.mark.parametrize("name", ["llm_config", "prefill_config", "decode_config"])
+def test_a_mistake_is_found_wherever_an_llm_config_stands(schema: Any, name: str) -> None:
+    whole = config(7)
+    args = whole["applications"][0]["args"]
+    args[name] = args.pop("llm_configs")[0]
+    assert any("7 is not of type 'string'" in text for text in reasons(schema, whole))
+    args[name] = "a/file.yaml"
+    assert not list(reasons(schema, whole))

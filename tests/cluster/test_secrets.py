@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from apps import without_ingress
 from secretive_callbacks import TOKEN
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -43,7 +44,7 @@ def deployed(name: str, *callbacks: Any, **fields: Any) -> str:
         **fields,
     )
     with pytest.raises(RuntimeError):
-        serve.run(build_openai_app({"llm_configs": [config]}), name=name, route_prefix=f"/{name}")
+        serve.run(build_openai_app(without_ingress(config)), name=name, route_prefix=f"/{name}")
     status = serve.status().applications[name]
     message = status.deployments["LLMServer:tiny"].message
     everything = json.dumps([message, status.message, repr(serve.status())], ensure_ascii=False)

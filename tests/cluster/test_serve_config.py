@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayserve_hooks.cluster import ray_schema, serve_config
+from rayserve_hooks.cluster import _ray, ray_schema, serve_config
 from rayserve_hooks.errors import CallbackConfigError, Problems
 
 FIRST = {
@@ -110,6 +110,69 @@ def test_no_llm_config_is_an_error(loaded: object, text: str, tmp_path: Path) ->
         read(tmp_path, loaded)
 
 
+def ours(kind: str = "", **args: Any) -> dict[str, Any]:
+    return {**app(kind, **args), "import_path": f"rayserve_hooks:build_{kind}openai_app"}
+
+
+def bare(**fields: Any) -> dict[str, Any]:
+    return {"model_loading_config": {"model_id": "m"}, **fields}
+
+
+@pytest.mark.parametrize(
+    ("application", "names"),
+    [
+        (ours(llm_configs=[bare(callbacks=["startup_metrics"])]), ["app/m"]),
+        (ours(llm_configs=[{"model_id": "m", "callback": "startup_metrics"}]), ["app/m"]),
+        (ours("dp_", llm_config=bare(callbacks="startup_metrics", time_limits={})), ["app/m"]),
+        (
+            ours("pd_", prefill_config=llm(**KV), decode_config=llm(**KV)),
+            ["app/Prefill:m", "app/Decode:m"],
+        ),
+    ],
+)
+def test_our_builders_take_callbacks_in_each_config(
+    application: dict[str, Any], names: list[str], tmp_path: Path
+) -> None:
+    found = read_apps(tmp_path, application)
+    assert [name for name, _ in found.stacks] == names
+    assert {entry.name for _, stack in found.stacks for entry in stack.entries} == {
+        "startup_metrics"
+    }
+    assert [deployment.left_out for deployment in found.deployments] == [{}] * len(names)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (llm(callbacks=["startup_metrics"]), "app/m: both callbacks and callback_config are given"),
+        (bare(callbacks=[{"callbak": "startup_metrics"}]), "callbacks[0]"),
+        (bare(callbacks=[], callback="x", model_id="n"), "'n' and model_loading_config's model_id"),
+        (bare(callbacks=["startup_metrics"], callback="x"), "both callback and callbacks are"),
+        (bare(callbackz=[]), "app/m has unknown key 'callbackz'; did you mean 'callbacks'?"),
+        (bare(callbacks=["startup_metrics"], time_limits={"totl": 1}), "totl"),
+    ],
+)
+def test_what_our_builders_refuse(config: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(CallbackConfigError) as caught:
+        read_apps(tmp_path, ours(llm_configs=[config]))
+    assert text in str(caught.value)
+
+
+def test_rays_builder_leaves_hooks_out_unless_the_file_names_our_engine(tmp_path: Path) -> None:
+    (found,) = read_apps(tmp_path, app("", llm_configs=[llm()])).deployments
+    assert sorted(found.left_out) == [
+        "on_before_engine_init",
+        "on_configure",
+        "on_engine_ready",
+        "on_init_failed",
+        "on_shutdown",
+    ]
+    named = {"RAYLLM_VLLM_ENGINE_CLS": "rayserve_hooks.cluster.engine.HooksEngine"}
+    config = llm(runtime_env={"env_vars": named})
+    (found,) = read_apps(tmp_path, app("", llm_configs=[config])).deployments
+    assert sorted(found.left_out) == ["on_configure"]
+
+
 def without_class(**settings: Any) -> dict[str, Any]:
     return {"applications": [app("", llm_configs=[llm(callback_config=settings)])]}
 
@@ -147,6 +210,19 @@ REFUSED = [  # by Ray, too
         without_class(**{**FIRST, "callbacks": []}),
         "callback_config has unknown key 'callbacks', whi",
     ),
+    (with_llm(accelerator_config={}), "app/m: accelerator_config has no key 'kind'; add it"),
+    (
+        with_llm(model_loading_config={"model_id": "m", "model_source": {"bucket_url": "s3://b"}}),
+        "app/m: model_source has unknown key 'bucket_url'; did you mean 'bucket_uri'?",
+    ),
+    (
+        with_llm(model_loading_config={"model_id": "m", "model_source": {"bucket_uri": "/b"}}),
+        "app/m: model_source: bucket_uri is '/b'",
+    ),
+    (
+        with_app(args={"llm_configs": [llm()], "ingress_cls_config": {"ingress_class": "a:B"}}),
+        "app: args: ingress_cls_config has unknown key 'ingress_class'; did you mean 'ingress_cls'",
+    ),
     (with_app(import_path="my_app"), "app: import_path is 'my_app'"),
     (with_app(args=[1]), "app: args is [1]; write a mapping"),
     (with_app(name=""), "name is ''; write at least 1 characters"),
@@ -163,18 +239,20 @@ def pair(prefill: dict[str, Any], decode: dict[str, Any]) -> dict[str, Any]:
 
 PAIRS_REFUSED = [
     (pair(llm("a", **KV), llm("b", **KV)), "app: model_id of prefill_config and decode_config dif"),
+    (pair(llm(), llm(**KV)), "app: prefill_config: engine_kwargs has no key 'kv_transfer_config'"),
+    (pair(llm(**KV), llm(engine_kwargs={})), "app: decode_config: engine_kwargs has no key 'kv_t"),
+    (
+        pair(llm(**KV), llm(engine_kwargs={"kv_transfer_config": None})),
+        "app: decode_config: engine_kwargs has no key 'kv_transfer_config'",
+    ),
+]
+ADAPTERS_DIFFER = [
     (pair(llm(**KV, lora_config=LORA), llm(**KV)), "app: lora_config of prefill_config and decode"),
     (
         pair(
             llm(**KV, lora_config=LORA), llm(**KV, lora_config={"dynamic_lora_loading_path": None})
         ),
         "app: lora_config of prefill_config and decode_config differ",
-    ),
-    (pair(llm(), llm(**KV)), "app: prefill_config: engine_kwargs has no key 'kv_transfer_config'"),
-    (pair(llm(**KV), llm(engine_kwargs={})), "app: decode_config: engine_kwargs has no key 'kv_t"),
-    (
-        pair(llm(**KV), llm(engine_kwargs={"kv_transfer_config": None})),
-        "app: decode_config: engine_kwargs has no key 'kv_transfer_config'",
     ),
 ]
 PAIRS_ACCEPTED = [
@@ -203,6 +281,14 @@ ACCEPTED = [
     with_app(unknown_of_a_later_ray=1),
     with_llm(log_engine_metrics="no", accelerator_config={"kind": "cpu"}, server_cls=None),
     with_llm(placement_group_config={"bundles": [{"CPU": 1}]}, runtime_env=None),
+    with_llm(model_loading_config={"model_id": "m", "model_source": {"bucket_uri": "s3://b/m"}}),
+    with_llm(
+        model_loading_config={
+            "model_id": "m",
+            "model_source": {"extra_files": [{"bucket_uri": "gs://b/x", "destination_path": "/x"}]},
+        }
+    ),
+    with_app(args={"llm_configs": [llm()], "ingress_cls_config": {"ingress_extra_kwargs": {}}}),
 ]
 
 
@@ -218,6 +304,65 @@ def test_what_ray_refuses_or_runs_nothing_of_is_an_error(
 @pytest.mark.parametrize("loaded", [*ACCEPTED, *PAIRS_ACCEPTED])
 def test_what_ray_accepts_is_read(loaded: dict[str, Any], tmp_path: Path) -> None:
     assert read(tmp_path, loaded).stacks
+
+
+@pytest.mark.parametrize(("loaded", "text"), ADAPTERS_DIFFER)
+def test_adapters_that_differ_are_refused_where_ray_refuses_them(
+    loaded: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ray, "compares_adapters", lambda: True)
+    with pytest.raises(CallbackConfigError, match=text):
+        read(tmp_path, loaded)
+    monkeypatch.setattr(_ray, "compares_adapters", lambda: False)
+    assert len(read(tmp_path, loaded).stacks) == 2
+
+
+@pytest.mark.parametrize("key", ["proxy_cls_config", "proxy_deployment_config"])
+def test_what_configured_a_proxy_is_taken_where_ray_takes_it(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until Ray 2.59, which ignores it."""
+
+    def pair_with(value: object, decode: str = "m") -> dict[str, Any]:
+        args: dict[str, Any] = {"prefill_config": llm(**KV), "decode_config": llm(decode, **KV)}
+        return app("pd_", **args | {key: value})
+
+    monkeypatch.setattr(_ray, "takes_a_proxy", lambda: True)
+    assert len(read_apps(tmp_path, pair_with({"a": 1})).stacks) == 2
+    with pytest.raises(CallbackConfigError, match=f"{key} is 3; write a mapping"):
+        read_apps(tmp_path, pair_with(3))
+    with pytest.raises(CallbackConfigError, match="model_id of prefill_config and decode_config"):
+        read_apps(tmp_path, pair_with({}, "n"))
+    monkeypatch.setattr(_ray, "takes_a_proxy", lambda: False)
+    with pytest.raises(CallbackConfigError, match=f"app: args has unknown key '{key}'"):
+        read_apps(tmp_path, pair_with({}))
+
+
+SGLANG: dict[str, Any] = {
+    "engine_kwargs": {"tp_size": 1},
+    "placement_group_config": {"placement_group_bundles": []},
+}
+
+
+@pytest.mark.parametrize(
+    "server", ["rayserve_hooks.SGLangServer", "rayserve_hooks:SGLangServer", "my_servers.Mine"]
+)
+def test_a_config_for_another_engines_server(server: str, tmp_path: Path) -> None:
+    config = llm(server_cls=server, **SGLANG)
+    assert len(read_apps(tmp_path, app("", llm_configs=[config])).stacks) == 1
+
+
+@pytest.mark.parametrize("separator", [".", ":"])
+def test_rays_own_server_for_sglang_runs_no_callbacks(separator: str, tmp_path: Path) -> None:
+    server = f"ray.llm._internal.serve.engines.sglang{separator}SGLangServer"
+    with pytest.raises(
+        CallbackConfigError,
+        match=r"app/m: server_cls names Ray's own server for SGLang, which runs no callbacks; name "
+        r"'rayserve_hooks\.SGLangServer'$",
+    ):
+        read_apps(tmp_path, app("", llm_configs=[llm(server_cls=server, **SGLANG)]))
+    without = llm(server_cls=server, callback_config={}, **SGLANG)
+    assert len(read_apps(tmp_path, app("", llm_configs=[without])).stacks) == 1
 
 
 @pytest.mark.slow  # it imports Ray's own classes
@@ -241,6 +386,8 @@ def test_ray_comes_to_the_same_verdicts_on_pairs() -> None:
         return True
 
     assert [accepted(loaded) for loaded, _ in PAIRS_REFUSED] == [False] * len(PAIRS_REFUSED)
+    differ = [accepted(loaded) for loaded, _ in ADAPTERS_DIFFER]
+    assert differ == [not _ray.compares_adapters()] * len(ADAPTERS_DIFFER)
     assert [accepted(loaded) for loaded in PAIRS_ACCEPTED] == [True] * len(PAIRS_ACCEPTED)
 
 
@@ -261,19 +408,22 @@ def accepted_by_ray(loaded: dict[str, Any]) -> bool:
 def test_the_names_are_rays() -> None:
     from ray.llm._internal.common.callbacks.base import CallbackConfig
     from ray.llm._internal.common.placement import PlacementGroupConfig
-    from ray.llm._internal.serve.core.ingress.builder import LLMServingArgs
+    from ray.llm._internal.common.utils.cloud_utils import CloudMirrorConfig
+    from ray.llm._internal.serve.core.ingress.builder import IngressClsConfig, LLMServingArgs
     from ray.llm._internal.serve.serving_patterns.data_parallel.builder import DPOpenAiServingArgs
     from ray.llm._internal.serve.serving_patterns.prefill_decode.builder import PDServingArgs
     from ray.serve.llm import LLMConfig, LoraConfig, ModelLoadingConfig
     from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
     newer = {"ServeDeploy": {"tracing_config"}}  # since Ray 2.59; older ones ignore the key
+    of_pairs = serve_config.arguments_of("ray.serve.llm:build_pd_openai_app")
+    assert of_pairs is not None
     pairs: list[tuple[type, Any]] = [
         (ray_schema.ServeDeploy, ServeDeploySchema),
         (ray_schema.Application, ServeApplicationSchema),
         (ray_schema.OpenAIArgs, LLMServingArgs),
         (ray_schema.DataParallelArgs, DPOpenAiServingArgs),
-        (ray_schema.PrefillDecodeArgs, PDServingArgs),
+        (of_pairs, PDServingArgs),
         (ray_schema.LLMConfig, LLMConfig),
         (ray_schema.ModelLoadingConfig, ModelLoadingConfig),
         (ray_schema.LoraConfig, LoraConfig),
@@ -284,6 +434,8 @@ def test_the_names_are_rays() -> None:
         assert names(ours) - known <= newer.get(ours.__name__, set()), ours
         assert known <= names(ours), ours
     assert names(ray_schema.CallbackConfig) == names(CallbackConfig)
+    assert names(ray_schema.ModelSource) == set(CloudMirrorConfig.model_fields)
+    assert names(ray_schema.IngressCls) == set(IngressClsConfig.model_fields)
 
 
 def names(cls: Any) -> set[str]:

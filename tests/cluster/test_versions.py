@@ -133,6 +133,9 @@ class Environment:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ray("2.60.0")
+        for package in versions.ENGINE_PACKAGES:
+            if package != "vllm":
+                self.write(f"{package}/__init__.py", "")
 
     def write(self, path: str, text: str) -> None:
         file = self.folder / path
