@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import PlainValidator, WithJsonSchema
 
 from rayserve_hooks.context import CallbackCtx, Handled
 from rayserve_hooks.core.arguments import checked_arguments
+from rayserve_hooks.findings import Finding
+
+_MOUNT = "mount the folder there"
 
 
 def _absolute(path: object) -> Path:
@@ -48,11 +51,21 @@ class CustomInitialization:
         self.model_path = Path(model_path)
         self.required_files = tuple(required_files)
 
+    def doctor(self, llm_config: Mapping[str, Any]) -> Iterator[Finding]:
+        """Say before the deployment whether the model is there."""
+        if missing := self._missing():
+            detail = f"{str(self.model_path)!r} has no {', '.join(missing)}"
+            yield Finding("model", "problem", detail, f"{_MOUNT}, or correct model_path")
+        else:
+            yield Finding("model", "ok", f"{str(self.model_path)!r} is there")
+
     def on_before_init(self, ctx: CallbackCtx) -> Handled:
-        missing = [name for name in self.required_files if not (self.model_path / name).is_file()]
-        if missing:
+        if missing := self._missing():
             raise FileNotFoundError(
-                f"{str(self.model_path)!r} on node {ctx.node} has no {', '.join(missing)}; mount "
-                "the folder there, or correct model_path"
+                f"{str(self.model_path)!r} on node {ctx.node} has no {', '.join(missing)}; "
+                f"{_MOUNT}, or correct model_path"
             )
         return Handled(model_path=self.model_path, reason=f"model is at {self.model_path}")
+
+    def _missing(self) -> list[str]:
+        return [name for name in self.required_files if not (self.model_path / name).is_file()]

@@ -35,18 +35,19 @@ Bundles = Annotated[Sequence[Bundle], AfterValidator(_not_empty)]
 
 
 class CustomPlacementGroup:
-    """Create a placement group before anything is placed, and use it for this deployment.
+    """Shape the placement group of this deployment, or make one.
 
-    Ray removes the group with the process that made it, and this callback when the initialization
-    fails: then the process may live on. Inside a Serve replica the group that
-    Serve has made stays reserved beside it; where the bundles are known when the config is
-    written, prefer ``LLMConfig(placement_group_config=...)``, which shapes that one.
+    With the builders of this package Serve reserves these bundles and no others. Without them, as
+    with Ray's own builders, this callback creates a group before anything is placed, and removes it
+    when the start fails or the replica is stopped; the group that Serve has made stays reserved
+    beside it.
 
     Args:
         bundles: The resources of each bundle and their amounts, such as ``[{"GPU": 1, "CPU": 1}]``:
             numbers of devices and cores, or bytes of ``memory``. Required.
         strategy: How Ray spreads the bundles over nodes. Default: ``"PACK"``.
-        name: The group's name in Ray's tables and dashboard. Default: ``""``, no name.
+        name: The name of a group that this callback makes, in Ray's tables and dashboard; Serve
+            names its own. Default: ``""``, no name.
 
     Raises:
         CallbackConfigError: An argument is wrong; the message names each one.
@@ -59,13 +60,25 @@ class CustomPlacementGroup:
         self.name = name
         self._group: PlacementGroup | None = None
 
+    def on_configure(self, ctx: CallbackCtx) -> None:
+        bundles = [dict(bundle) for bundle in self.bundles]
+        ctx.placement_group_config = {"bundles": bundles, "strategy": self.strategy}
+
     def on_before_init(self, ctx: CallbackCtx) -> None:
+        if any(call.hook == "on_configure" for call in ctx.trace):
+            return  # Serve has made the group
         from ray.util.placement_group import placement_group
 
         self._group = placement_group(self.bundles, self.strategy, name=self.name)
         ctx.placement_group = self._group
 
+    def on_shutdown(self, ctx: CallbackCtx) -> None:
+        self._remove()
+
     def on_init_failed(self, ctx: CallbackCtx) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
         from ray.util.placement_group import remove_placement_group
 
         if self._group is not None:  # only the replica's process has made it

@@ -1,38 +1,63 @@
-"""Measure how long each phase of the node initialization took."""
+"""Measure how long each phase and each callback of a start took."""
 
-import time
-from collections.abc import Generator
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.arguments import checked_arguments
-from rayserve_hooks.hookspecs import hookimpl
+from rayserve_hooks.impls._startup import LOADING, StartupWatch, this_replica
+from rayserve_hooks.trace import TraceEntry
 
 SECONDS = "rayserve_hooks_phase_seconds_total"
 RUNS = "rayserve_hooks_phase_runs_total"
+CALL_SECONDS = "rayserve_hooks_call_seconds_total"
+CALLS = "rayserve_hooks_calls_total"
+STARTS = "rayserve_hooks_starts_total"
+
+OTHER = "other"
+_MOST_NODES = 64
+_REPLICA = ("model_id", "deployment", "replica")
+LABELS = {
+    SECONDS: ("Seconds that a phase of a start took.", ("phase", "node")),
+    RUNS: ("How often a phase of a start has run.", ("phase", "node")),
+    CALL_SECONDS: (
+        "Seconds that callbacks took in a hook.",
+        ("hook", "callback", "process", "node", "outcome"),
+    ),
+    CALLS: (
+        "How often callbacks were called in a hook.",
+        ("hook", "callback", "process", "node", "outcome"),
+    ),
+    STARTS: ("Starts by how they ended.", ("outcome",)),
+}
 
 
-class StartupMetrics:
-    """Export the seconds of each phase as Ray metrics, and as one log line.
+class StartupMetrics(StartupWatch):
+    """Export the seconds of each phase and each call as Ray metrics, and the phases as a log line.
 
-    Two counters with the tags ``model_id``, ``phase`` and ``node`` (empty for phases of the
-    replica): ``rayserve_hooks_phase_seconds_total``, and ``rayserve_hooks_phase_runs_total``,
-    which is how often the phase has run; their quotient is the mean. Ray's metrics agent serves
-    both to Prometheus, with the prefix ``ray_``. A phase that took no time has not run, and is
-    not counted. A start has at most four series of each, and two more per node of its group.
+    All are counters with the labels ``model_id``, ``deployment`` and ``replica``, which is the
+    replica's rank: a number that the next replica takes over, so that labels do not grow with each
+    start. ``node`` is Ray's id; of a group of more than 64 nodes the rest is ``other``.
+
+    - ``rayserve_hooks_phase_seconds_total`` and ``rayserve_hooks_phase_runs_total``, by ``phase``
+      and ``node`` (empty for phases of the replica).
+    - ``rayserve_hooks_call_seconds_total`` and ``rayserve_hooks_calls_total``, by ``hook``,
+      ``callback``, ``process`` (its role), ``node`` and ``outcome``.
+    - ``rayserve_hooks_starts_total``, by ``outcome``: ``ready`` or ``failed``.
 
     They are counters because Ray's agent exports nothing else exactly (Ray 2.60). Of a histogram
     it gets the buckets alone and makes a sum of their midpoints
     (``record_histogram_aggregated_batch`` in
     ``ray._private.telemetry.open_telemetry_metric_recorder``). It forgets a gauge that is not set
-    again within two report intervals (the same module). Phases:
+    again within two report intervals (the same module). Phases, named as in Ray's guide:
 
-    - ``before_init``: the ``on_before_init`` callbacks.
-    - ``nodes``: from there until every node is ready, the placement group's wait included.
-    - ``before_download``: the ``on_before_download`` callbacks, per node.
-    - ``download``: the default download, per node.
-    - ``after_init``: the ``on_after_init`` callbacks.
-    - ``total``: all of it.
+    - ``node_initialization``: from the first callback until all nodes are ready and the engine is
+      about to be built, all ``on_after_init`` callbacks included.
+    - ``model_loading``: the default download, per node; a part of the above.
+    - ``engine_initialization``: from there until the engine is up.
+    - ``warmup``: the ``on_engine_ready`` callbacks.
+    - ``total``: all of it, which is the time to ready.
 
     List it first: a wrapper that comes first surrounds all other callbacks. It takes no arguments.
 
@@ -42,32 +67,37 @@ class StartupMetrics:
 
     @checked_arguments
     def __init__(self) -> None:
-        self._started = 0.0
-        self._prepared = 0.0
+        super().__init__()
+        self._exported: dict[int, TraceEntry] = {}  # by id, which stays theirs as they are kept
 
-    @hookimpl(wrapper=True, tryfirst=True)
-    def on_before_init(self, ctx: CallbackCtx) -> Generator[None, Any, Any]:
-        self._started = time.perf_counter()
-        try:
-            return (yield)
-        finally:
-            self._prepared = time.perf_counter()
+    def report_nodes(self, ctx: CallbackCtx) -> None:
+        """Export what has taken time until every node is ready."""
+        seconds = self._phases()
+        for result in ctx.nodes.values():
+            seconds[LOADING, result.node.id] = result.download_s
+        self._report(ctx, seconds)
+        # Where no engine follows this is the end; what is not exported here is at the end.
 
-    @hookimpl(wrapper=True, tryfirst=True)
-    def on_after_init(self, ctx: CallbackCtx) -> Generator[None, Any, Any]:
-        nodes_ready = time.perf_counter()
-        result = yield
-        ended = time.perf_counter()
-        seconds = {
-            ("before_init", ""): self._prepared - self._started,
-            ("nodes", ""): nodes_ready - self._prepared,
-            ("after_init", ""): ended - nodes_ready,
-            ("total", ""): ended - self._started,
-        }
-        for node_result in ctx.nodes.values():
-            seconds["before_download", node_result.node.id] = node_result.hook_s
-            seconds["download", node_result.node.id] = node_result.download_s
-        _export(ctx.llm_config.model_id, seconds)
+    def report_end(self, ctx: CallbackCtx, error: BaseException | None) -> None:
+        """Export the rest, and how the start has ended."""
+        self._report(ctx, self._phases())
+        self._exported.clear()
+        export(ctx, STARTS, {("ready" if error is None else "failed",): 1.0})
+
+    def _phases(self) -> dict[tuple[str, ...], float]:
+        spans, self.spans = self.spans, {}  # each is exported once
+        return {(phase, ""): span.seconds for phase, span in spans.items()}
+
+    def _report(self, ctx: CallbackCtx, seconds: Mapping[tuple[str, ...], float]) -> None:
+        ran = {labels: value for labels, value in seconds.items() if value > 0}
+        export(ctx, SECONDS, ran)
+        export(ctx, RUNS, dict.fromkeys(ran, 1.0))
+        calls: dict[tuple[str, ...], list[float]] = {}
+        for entry in self._new(ctx):
+            labels = (entry.hook, entry.callback, entry.role, entry.node_id, entry.outcome)
+            calls.setdefault(labels, []).append(entry.duration_s or 0.0)
+        export(ctx, CALL_SECONDS, {labels: sum(each) for labels, each in calls.items()})
+        export(ctx, CALLS, {labels: float(len(each)) for labels, each in calls.items()})
         ctx.log.info(
             "start-up of %s: %s",
             ctx.llm_config.model_id,
@@ -75,19 +105,29 @@ class StartupMetrics:
                 f"{phase} {value:.3f} s" + (f" (node {node[:8]})" if node else "")
                 for (phase, node), value in seconds.items()
             ),
-            extra={"seconds": round(seconds["total", ""], 6)},
+            extra={"seconds": round(sum(v for (_, node), v in seconds.items() if not node), 6)},
         )
-        return result
+
+    def _new(self, ctx: CallbackCtx) -> Iterator[TraceEntry]:
+        """Yield the calls that have ended since the last time."""
+        for entry in ctx.trace:
+            if entry.outcome != "running" and id(entry) not in self._exported:
+                self._exported[id(entry)] = entry
+                yield entry
 
 
-def _export(model_id: str, seconds: dict[tuple[str, str], float]) -> None:
+def export(ctx: CallbackCtx, name: str, values: Mapping[tuple[str, ...], float]) -> None:
+    """Add to one of the counters, by the labels after those of the replica."""
     from ray.util.metrics import Counter
 
-    keys = ("model_id", "phase", "node")
-    total = Counter(SECONDS, "Seconds that a phase of the node initialization took.", keys)
-    runs = Counter(RUNS, "How often a phase of the node initialization has run.", keys)
-    for (phase, node), value in seconds.items():
-        if value > 0:
-            tags = {"model_id": model_id, "phase": phase, "node": node}
-            total.inc(value, tags)
-            runs.inc(tags=tags)
+    description, labels = LABELS[name]
+    counter = Counter(name, description, (*_REPLICA, *labels))
+    replica = this_replica()
+    first = (ctx.llm_config.model_id, replica.deployment, replica.rank)
+    known = {ctx.node.id: None, **dict.fromkeys(ctx.nodes)}
+    nodes = {"", *list(known)[:_MOST_NODES]}
+    for each, value in values.items():
+        tags = dict(zip((*_REPLICA, *labels), (*first, *each), strict=True))
+        if tags.get("node", "") not in nodes:
+            tags["node"] = OTHER
+        counter.inc(value, tags)

@@ -4,31 +4,43 @@ from typing import Any
 
 import pytest
 
-from rayserve_hooks import CallbackCtx, Handled
-from rayserve_hooks.context import NodeInfo
+from rayserve_hooks import Finding, Handled
 from rayserve_hooks.errors import CallbackConfigError
 from rayserve_hooks.impls.custom_initialization import CustomInitialization
-
-NODE = NodeInfo("n1", "10.0.0.1", is_local=True)
-
-
-def ctx() -> CallbackCtx:
-    return CallbackCtx(llm_config=None, node=NODE)
+from rayserve_hooks.testing import RunStack
 
 
-def test_it_takes_over_with_its_own_model(tmp_path: Path) -> None:
+def at(folder: Path, **arguments: Any) -> dict[str, Any]:
+    return {
+        "callback": CustomInitialization,
+        "kwargs": {"model_path": str(folder), **arguments},
+    }
+
+
+def test_it_takes_over_with_its_own_model(run_stack: RunStack, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    handled = CustomInitialization(str(tmp_path)).on_before_init(ctx())
-    assert handled == Handled(str(tmp_path), f"model is at {tmp_path}")
+    outcome = run_stack(at(tmp_path), nodes=2).assert_succeeded()
+    assert outcome.ctx is not None
+    assert outcome.ctx.handled == Handled(str(tmp_path), f"model is at {tmp_path}")
+    assert outcome.model_path == str(tmp_path)
+    assert not outcome.nodes
 
 
-def test_a_missing_file_is_named_with_the_node(tmp_path: Path) -> None:
-    callback = CustomInitialization(str(tmp_path), ["config.json", "model.safetensors"])
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"on node n1 \(10.0.0.1\) has no config.json, model.safetensors; mount the folder",
-    ):
-        callback.on_before_init(ctx())
+def test_a_missing_file_is_named_with_the_node(run_stack: RunStack, tmp_path: Path) -> None:
+    outcome = run_stack(at(tmp_path, required_files=["config.json", "model.safetensors"]))
+    error = outcome.assert_failed(
+        r"on node node-1 \(10.0.0.1\) has no config.json, model.safetensors; mount the folder"
+    )
+    assert isinstance(error.__cause__, FileNotFoundError)
+
+
+def test_its_doctor_says_before_whether_the_model_is_there(tmp_path: Path) -> None:
+    callback = CustomInitialization(str(tmp_path))
+    detail = f"{str(tmp_path)!r} has no config.json"
+    advice = "mount the folder there, or correct model_path"
+    assert list(callback.doctor({})) == [Finding("model", "problem", detail, advice)]
+    (tmp_path / "config.json").write_text("{}")
+    assert list(callback.doctor({})) == [Finding("model", "ok", f"{str(tmp_path)!r} is there")]
 
 
 RELATIVE = (

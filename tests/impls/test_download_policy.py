@@ -4,42 +4,46 @@ from typing import Any
 
 import pytest
 
-from rayserve_hooks import CallbackCtx, NodeModelDownloadable
-from rayserve_hooks.context import NodeInfo
+from rayserve_hooks import NodeModelDownloadable
 from rayserve_hooks.errors import CallbackConfigError
 from rayserve_hooks.impls.download_policy import DownloadPolicy
-
-LOCAL = NodeInfo("n1", "10.0.0.1", is_local=True)
-OTHER = NodeInfo("n2", "10.0.0.2", is_local=False)
+from rayserve_hooks.testing import RunStack
 
 
-def ctx_on(node: NodeInfo) -> CallbackCtx:
-    return CallbackCtx(llm_config=None, node=node)
+def modes_set(run_stack: RunStack, node: str, **arguments: Any) -> list[tuple[str, str]]:
+    """Return the fields that it sets on a node of two, and to what."""
+    policy = {"callback": DownloadPolicy, "kwargs": arguments}
+    outcome = run_stack(policy, nodes=2).assert_succeeded()
+    changes = (change for call in outcome.calls(node=node) for change in call.changes)
+    return [(change.path, change.after) for change in changes]
 
 
-def test_modes_of_the_replicas_node_and_the_others() -> None:
-    ctx = ctx_on(LOCAL)
-    DownloadPolicy(local="NONE", workers="TOKENIZER_ONLY").on_before_init(ctx)
-    assert ctx.local_node_download_model is NodeModelDownloadable.NONE
-    assert ctx.worker_node_download_model is NodeModelDownloadable.TOKENIZER_ONLY
+def test_modes_of_the_replicas_node_and_the_others(run_stack: RunStack) -> None:
+    assert modes_set(run_stack, "node-1", local="NONE", workers="TOKENIZER_ONLY") == [
+        ("local_node_download_model", shown("NONE")),
+        ("worker_node_download_model", shown("TOKENIZER_ONLY")),
+    ]
 
 
-def test_what_is_not_named_stays() -> None:
-    ctx = ctx_on(LOCAL)
-    ctx.worker_node_download_model = "NONE"
-    DownloadPolicy(local="TOKENIZER_ONLY").on_before_init(ctx)
-    assert ctx.worker_node_download_model is NodeModelDownloadable.NONE
+def test_what_is_not_named_stays(run_stack: RunStack) -> None:
+    assert modes_set(run_stack, "node-1", local="TOKENIZER_ONLY") == [
+        ("local_node_download_model", shown("TOKENIZER_ONLY"))
+    ]
 
 
-@pytest.mark.parametrize("key", ["id", "address"])
-@pytest.mark.parametrize("node", [LOCAL, OTHER])
-def test_single_nodes_by_id_or_address(key: str, node: NodeInfo) -> None:
-    ctx = ctx_on(node)
-    policy = DownloadPolicy(nodes={getattr(node, key): "EXCLUDE_SAFETENSORS"})
-    policy.on_before_init(ctx)
-    policy.on_before_download(ctx)
-    mode = ctx.local_node_download_model if node.is_local else ctx.worker_node_download_model
-    assert mode is NodeModelDownloadable.EXCLUDE_SAFETENSORS
+@pytest.mark.parametrize("node", ["node-1", "node-2", "10.0.0.1", "10.0.0.2"])
+def test_single_nodes_by_id_or_address(run_stack: RunStack, node: str) -> None:
+    here, other = f"node-{node[-1]}", f"node-{3 - int(node[-1])}"
+    field = "local" if here == "node-1" else "worker"
+    nodes = {node: "EXCLUDE_SAFETENSORS"}
+    assert modes_set(run_stack, here, nodes=nodes) == [
+        (f"{field}_node_download_model", shown("EXCLUDE_SAFETENSORS"))
+    ]
+    assert modes_set(run_stack, other, nodes=nodes) == []
+
+
+def shown(mode: str) -> str:
+    return repr(NodeModelDownloadable[mode])
 
 
 def test_a_wrong_mode_names_the_argument() -> None:
