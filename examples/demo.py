@@ -19,6 +19,7 @@ import requests
 from tiny_model import make_tiny_model
 
 CACHE = Path(__file__).parent.parent / ".cache"
+TIMELINES = CACHE / "startup"
 PROMPT = [{"role": "user", "content": "hello world"}]
 ENGINE = {
     "placement_group_config": {"bundles": [{"CPU": 1}]},
@@ -54,6 +55,7 @@ def main() -> int:
             ("my own callback", lambda: check_engine_argument(url)),
             ("download policy", lambda: check_download_policy(work, model)),
             ("start-up metrics", lambda: check_metrics(metrics_url)),
+            ("start-up timeline", check_timeline),
             ("custom placement group", check_placement_group),
         ]
         failures = run_checks(checks)
@@ -86,6 +88,7 @@ def stacked_config(llm_config: Any, work: Path, store_url: str) -> Any:
         callbacks=[
             writer(work / "stacked.json"),
             "startup_metrics",
+            {"callback": "startup_timeline", "kwargs": {"folder": str(TIMELINES), "keep": 5}},
             {
                 "callback": "custom_placement_group",
                 "kwargs": {"bundles": [{"CPU": 1}], "strategy": "STRICT_PACK", "name": "demo"},
@@ -194,6 +197,14 @@ def check_metrics(url: str) -> str:
             return f"Prometheus scrapes {name}, total {float(lines[0].split()[-1]):.2f} s"
         time.sleep(0.5)  # Ray's agent collects in intervals and offers nothing to wait on
     raise AssertionError(f"{url} has no {name}")
+
+
+def check_timeline() -> str:
+    page = max(TIMELINES.glob("startup-*.html"))  # the names begin with the time
+    text = page.read_text()
+    assert "MyCallback on_after_init" in text, page
+    assert " bytes, " in text, page
+    return f"open file://{page.resolve()} in a browser, or {page.stem}.json in Perfetto"
 
 
 def check_placement_group() -> str:

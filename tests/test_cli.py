@@ -47,7 +47,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         info = tmp_path / name / f"{name}-1.0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[rayserve_hooks]\n{line}\n")
+        text = f"[rayserve_hooks]\n{line}\n".encode("utf-8", "surrogateescape")
+        (info / "entry_points.txt").write_bytes(text)
         monkeypatch.syspath_prepend(tmp_path / name)
         short_names.cache_clear()
 
@@ -95,17 +96,56 @@ def test_order_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
         ("on_before_download", 1, "MyCallback", ["tryfirst", "async"]),
         ("on_after_init", 1, "startup_metrics", ["wrapper", "tryfirst"]),
         ("on_after_init", 2, "MyCallback", ["trylast"]),
+        ("on_engine_ready", 1, "startup_metrics", ["wrapper", "tryfirst"]),
+        ("on_init_failed", 1, "startup_metrics", []),
     ]
     assert {row["hook"]: row["result"] for row in found} == {
         "on_before_init": "first wins",
         "on_before_download": "first wins",
         "on_after_init": "all run",
+        "on_engine_ready": "all run",
+        "on_init_failed": "all run",
     }
     assert {row["deployment"] for row in found} == {"tiny/tiny"}
     assert found[0]["distribution"] == DISTRIBUTION
     file, _, line = found[1]["source"].rpartition(":")
     lines = Path(file).read_text().splitlines()
     assert "def on_before_init" in "".join(lines[int(line) - 1 : int(line) + 1])
+
+
+def test_order_says_where_each_hook_runs_and_what_the_builder_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kwargs = {"name": "x", "log": "/x"}
+    entry = {"callback": "life_callbacks:LifeOfAll", "kwargs": kwargs}
+    path = tmp_path / "serve.yaml"
+    model = {"model_loading_config": {"model_id": "m"}, "callbacks": [entry]}
+    ours = {"import_path": "rayserve_hooks:build_openai_app", "args": {"llm_configs": [model]}}
+    path.write_text(yaml.safe_dump({"applications": [ours]}))
+    assert {row["hook"]: row["where"] for row in rows(capsys, "order", str(path))} == {
+        "on_configure": "where the app is built",
+        "on_before_init": "the replica",
+        "on_before_download": "every node of the replica",
+        "on_after_init": "the replica",
+        "on_before_engine_init": "every process of the engine",
+        "on_engine_ready": "the replica",
+        "on_shutdown": "the replica",
+        "on_init_failed": "each node that had started, then the replica",
+    }
+    advice = "; build the app with rayserve_hooks:build_openai_app, or its other forms"
+    found = rows(capsys, "order", write_config(tmp_path, [entry]))
+    where = {row["hook"]: row["where"].removesuffix(advice) for row in found}
+    assert where == {
+        "on_configure": "not run by Ray's builder",
+        "on_before_init": "the replica",
+        "on_before_download": "every node of the replica",
+        "on_after_init": "the replica",
+        "on_before_engine_init": "every process of the engine, unchecked",
+        "on_engine_ready": "not run by Ray's engine",
+        "on_shutdown": "not run by Ray's engine",
+        "on_init_failed": "each node that had started, then the replica, but not once the nodes "
+        "are ready",
+    }
 
 
 def test_order_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +160,7 @@ def test_order_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         "options",
         "distribution",
         "source",
+        "where",
     ]
     assert first.split()[:8] == [
         "tiny/tiny",
@@ -174,6 +215,7 @@ def test_a_callback_that_is_only_on_the_cluster_is_listed_without_its_hooks(
         "options": ["only_on_cluster"],
         "distribution": "",
         "source": "only_there:Fetch",
+        "where": "",
     }
 
 
@@ -229,6 +271,44 @@ def test_a_config_in_a_file_of_its_own(tmp_path: Path, capsys: pytest.CaptureFix
     args = {"llm_configs": [str(llm_config)]}
     path.write_text(yaml.safe_dump({"applications": [{"import_path": BUILDER, "args": args}]}))
     assert {row["deployment"] for row in rows(capsys, "order", str(path))} == {"default/m"}
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("", {"llm_configs": "app/m"}),
+        ("dp_", {"llm_config": "app/m"}),
+        ("pd_", {"prefill_config": "app/Prefill:m", "decode_config": "app/Decode:m"}),
+    ],
+)
+def test_order_reads_a_config_of_every_shape(
+    kind: str,
+    names: dict[str, str],
+    in_a_file: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    llm_config: Any = {
+        "model_loading_config": {"model_id": "m"},
+        "engine_kwargs": {"kv_transfer_config": {}},
+        "callback_config": {
+            "callback_class": OURS,
+            "callback_kwargs": {"callbacks": ["download_policy"]},
+        },
+    }
+    if in_a_file:
+        file = tmp_path / "llm_config.yaml"
+        file.write_text(yaml.safe_dump(llm_config))
+        llm_config = str(file)
+    args = {name: [llm_config] if name.endswith("s") else llm_config for name in names}
+    builder = f"ray.serve.llm:build_{kind}openai_app"
+    path = tmp_path / "serve_config.yaml"
+    application = {"name": "app", "import_path": builder, "args": args}
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    assert {(row["deployment"], row["callback"]) for row in rows(capsys, "order", str(path))} == {
+        (name, "download_policy") for name in names.values()
+    }
 
 
 @pytest.mark.slow  # it imports Ray
@@ -288,6 +368,22 @@ def test_a_switched_off_callback_is_left_out(
     path = write_config(tmp_path, ["startup_metrics", "download_policy"])
     monkeypatch.setenv("RAYSERVE_HOOKS_DISABLE", "startup_metrics")
     assert {row["callback"] for row in rows(capsys, "order", path)} == {"download_policy"}
+
+
+def test_one_that_the_file_switches_off_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(write_config(tmp_path, ["startup_metrics", "download_policy"]))
+    config = yaml.safe_load(path.read_text())
+    variables = {"RAYSERVE_HOOKS_DISABLE": "startup_metrics"}
+    config["applications"][0]["runtime_env"] = {"env_vars": variables}
+    path.write_text(yaml.safe_dump(config))
+    assert {row["callback"] for row in rows(capsys, "order", str(path))} == {"download_policy"}
+
+
+def test_without_a_command_the_help_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "list the callbacks with a short name" in capsys.readouterr().err
 
 
 def test_a_config_without_callbacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,7 +476,7 @@ def test_an_installed_callback_that_cannot_be_imported(
     monkeypatch.setitem(sys.modules, "cli_exits", ExitsWhenRead("cli_exits"))
     one = importlib.metadata.EntryPoint("one", f"{__name__}:OneHook", "rayserve_hooks")
     monkeypatch.setattr(
-        "rayserve_hooks.cli.installed",
+        "rayserve_hooks.cli.listing.installed",
         lambda: {"one": [one], "fetch": [entry_point], "exits": [exits]},
     )
     broken_by_exit, broken, whole = rows(capsys, "plugins")
@@ -410,6 +506,40 @@ def test_a_broken_distribution_is_named(
     assert "startup_metrics" in found
     assert main(["plugins"]) == 0
     assert "No module named 'no_such_module'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["no equals sign", "name = a:B\n\udcff"])
+def test_a_distribution_that_cannot_be_read_hides_no_other(
+    line: str, install: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    install("whole", "first = cli_callbacks:First")
+    install("broken", line)
+    *_, last = found = rows(capsys, "plugins")
+    assert {"first", "startup_metrics"} <= {row["name"] for row in found}
+    assert (last["name"], last["distribution"]) == ("?", "broken 1.0")
+    assert last["note"].startswith("its entry points cannot be read: ")
+    assert type(parse_callbacks(["first"])[0].create()) is First
+
+
+def test_a_note_is_a_line_without_secrets(
+    install: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    install("refuses", "refuses = cli_refuses:Fetch")
+    text = "print('said'); raise ValueError('password=s3cr3t-value\\n' + 'a\\n' * 9000)"
+    (tmp_path / "refuses" / "cli_refuses.py").write_text(text)
+    (row,) = (row for row in rows(capsys, "plugins") if row["name"] == "refuses")
+    assert row["note"].startswith("cannot be imported: ValueError: password=*** a a")
+    assert len(row["note"]) < 400
+
+
+def test_an_installed_object_that_is_no_callback_says_so(
+    install: Callable[..., None], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    install("odd", "odd = cli_odd:found")
+    text = "class Odd:\n    def __getattribute__(self, name): raise OSError(name)\nfound = Odd()"
+    (tmp_path / "odd" / "cli_odd.py").write_text(text)
+    (row,) = (row for row in rows(capsys, "plugins") if row["name"] == "odd")
+    assert (row["source"], row["note"]) == ("?", "has no hook, so it is no callback")
 
 
 def test_two_distributions_with_one_short_name_are_both_listed(
@@ -632,6 +762,6 @@ def test_plugins_lists_only_the_hooks_that_a_subclass_defines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry_point = importlib.metadata.EntryPoint("one", f"{__name__}:OneHook", "rayserve_hooks")
-    monkeypatch.setattr("rayserve_hooks.cli.installed", lambda: {"one": [entry_point]})
+    monkeypatch.setattr("rayserve_hooks.cli.listing.installed", lambda: {"one": [entry_point]})
     (row,) = rows(capsys, "plugins")
     assert row["hooks"] == ["on_after_init"]

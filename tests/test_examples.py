@@ -1,20 +1,22 @@
 """What the documentation shows of the examples: a callback tested by hand, checked arguments."""
 
+import configparser
+import importlib
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from engine_size import EngineSize
 from hub_token import HubToken
 from my_module import MyCallback
-from plugins_for_tests import make_ctx, make_manager, parse_callbacks
-from steps import step
+from plugins_for_tests import parse_callbacks
 
-from rayserve_hooks import CallbackCtx, Handled, get_plugin_manager
-from rayserve_hooks.context import NodeResult
-from rayserve_hooks.core.recorder import recorder_of
+from rayserve_hooks import CallbackCtx, get_plugin_manager
 from rayserve_hooks.errors import CallbackConfigError
+from rayserve_hooks.testing import RunStack, TakeOver
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -25,17 +27,14 @@ def test_my_callback_limits_the_engine() -> None:
     assert ctx.extra_init_kwargs == {"max_model_len": 64}
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_my_callback_works_behind_one_that_brings_the_model(first: bool) -> None:
-    store = step("store", "first" if first else "plain", result="/m", hook="on_before_download")
-    manager, ctx = make_manager(store, MyCallback), make_ctx()
-    handled = manager.hook.on_before_download(ctx=ctx)
-    assert handled == Handled("/m")
-    result = NodeResult(ctx.node, "/m", dict(ctx.custom_data), handled, 0.1, 0.0)
-    recorder_of(ctx).set_nodes({ctx.node.id: result})
-    manager.hook.on_after_init(ctx=ctx)
-    assert ctx.trace[-1].outcome == "returned"
-    assert ("free_bytes" in ctx.custom_data) is not first
+def test_my_callback_works_behind_one_that_brings_the_model(
+    run_stack: RunStack, tmp_path: Path
+) -> None:
+    brings = TakeOver("on_before_download", tmp_path)
+    outcome = run_stack([brings, MyCallback], nodes=2).assert_succeeded()
+    assert [call.outcome for call in outcome.calls("MyCallback", "on_after_init")] == ["returned"]
+    # It is marked to run first, also before one that ends the chain.
+    assert all("free_bytes" in node.custom_data for node in outcome.nodes.values())
 
 
 def test_what_the_manager_returns_for_a_name() -> None:
@@ -85,3 +84,16 @@ def test_a_secret_is_read_from_its_file_where_it_is_needed(
     (tmp_path / "token").write_text("hf_mounted\n")
     HubToken(str(tmp_path / "token")).on_before_download(CallbackCtx(llm_config=None))
     assert os.environ["HF_TOKEN"] == "hf_mounted"
+
+
+@pytest.mark.parametrize("name", ["bring_files", "production"])
+def test_a_list_of_callbacks_is_the_same_in_python_and_in_yaml(name: str) -> None:
+    written = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["callbacks"]
+    assert written == json.loads(json.dumps(importlib.import_module(name).callbacks))
+    setup = configparser.ConfigParser()
+    setup.read(EXAMPLES.parent / "setup.cfg")
+    lines = setup["options.entry_points"]["rayserve_hooks"].strip().splitlines()
+    targets = dict(line.split(" = ") for line in lines)
+    entries = [entry if isinstance(entry, dict) else {"callback": entry} for entry in written]
+    for entry in parse_callbacks([{**e, "callback": targets[e["callback"]]} for e in entries]):
+        assert entry.create()
