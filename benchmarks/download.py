@@ -85,7 +85,7 @@ def task_seconds(side: str, mode: str, cache: Path) -> float:
     import ray.llm._internal.serve.engines.vllm.vllm_engine
     from ray.cluster_utils import Cluster
 
-    import rayserve_hooks.cluster.initialize  # noqa: F401 - likewise
+    import rayserve_hooks.cluster.driver  # noqa: F401 - likewise
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     other = cluster.add_node(num_cpus=1)
