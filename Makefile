@@ -8,22 +8,23 @@ ENGINE ?= $(or $(word 1,$(NOW)),cpu)
 RAY ?= $(or $(word 2,$(NOW)),$(lastword $(RAYS)))
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed-$(ENGINE)-ray-$(RAY)
-BENCHMARKS := import-time dispatch overlap transfer download first-token node-init
+BENCHMARKS := import-time dispatch compile-cache overlap transfer download first-token node-init
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONPATH := $(CURDIR)/examples
 
-.PHONY: help install demo test test-unit test-matrix probe lint bench bench-plots clean $(BENCHMARKS:%=bench-%)
+.PHONY: help install demo test test-unit test-matrix probe lint docs bench bench-plots clean $(BENCHMARKS:%=bench-%)
 
 help:
 	@echo "make demo             serve a real model through several stacked callbacks"
 	@echo "make test             run all tests, on a real Ray cluster and a real engine: minutes"
 	@echo "make test-unit        run those without mark: no cluster, no engine, none that is slow"
 	@echo "make test-matrix      run the tests that matter on every Ray and Python; docs/compatibility.md"
-	@echo "                      ARGS='--part' for the oldest Ray and the other Pythons alone"
+	@echo "                      ARGS='2.57 3.13' for these alone"
 	@echo "make probe RAY=2.57.1 look whether a Ray has what this package uses; without RAY, all Rays"
 	@echo "make install          create $(VENV) with the package, an engine and the test tools"
 	@echo "                      RAY=2.58 with another Ray: $(RAYS)"
 	@echo "make lint             ruff and mypy"
+	@echo "make docs             build the reference of the public names into .cache/reference"
 	@echo "make bench            all benchmarks, an hour; one: $(BENCHMARKS:%=bench-%)"
 	@echo "                      ARGS='--rounds 2' for fewer rounds"
 	@echo "make clean            remove $(VENV) and .cache"
@@ -56,6 +57,9 @@ lint: $(INSTALLED)
 	@ruff check .
 	@ruff format --check .
 	@mypy
+
+docs: $(INSTALLED)
+	@python scripts/api_reference.py
 
 $(BENCHMARKS:%=bench-%): bench-%: $(INSTALLED)
 	@python benchmarks/$(subst -,_,$*).py $(ARGS)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +16,20 @@ TESTS = ROOT / "tests"
 
 # Callbacks of the examples and the tests are named by string, here and in Ray's processes, which
 # also import the test modules whose classes they get.
-FOLDERS = [str(folder) for folder in (EXAMPLES, TESTS, TESTS / "cluster")]
+FOLDERS = [
+    str(folder) for folder in (EXAMPLES, EXAMPLES / "integrations", TESTS, TESTS / "cluster")
+]
 sys.path[:0] = [*FOLDERS, str(ROOT / "scripts")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH")]))
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 # By default Serve gives up a proxy that takes five seconds to start, as on a busy machine.
 os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
 
-pytest_plugins = ["store_fixtures"]
+# A shell without job control lets what it starts in the background ignore Ctrl-C, and all that
+# starts there inherits it: commands that a test ends so would never end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+pytest_plugins = ["store_fixtures", "rayserve_hooks.testing"]
 
 
 class RayCluster(NamedTuple):
@@ -72,6 +79,9 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
                 "include_dashboard": True,
                 "dashboard_port": processes.free_port(),
                 "metrics_export_port": processes.free_port(),
+                # By default a node without CPUs, as the second one, ends a worker that is idle for
+                # a second, and the next task of stock Ray's imports an engine again.
+                "_system_config": {"idle_worker_killing_time_threshold_ms": 20_000},
             },
         )
         other = cluster.add_node(

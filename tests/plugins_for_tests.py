@@ -85,14 +85,14 @@ def hook_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
             logger.removeHandler(caplog.handler)
 
 
-def run_script(script: str, *arguments: str) -> str:
+def run_script(script: str, *arguments: str, timeout_s: float = 10) -> str:
     """Run Python code in a process of its own, which may import this module."""
     path = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
         text=True,
-        timeout=10,
+        timeout=timeout_s,
         check=False,
         env={**os.environ, "PYTHONPATH": path},
     )

@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import Callable, Generator
 from typing import Any
 
-from plugins_for_tests import hook_arguments, make_ctx, make_manager
+from plugins_for_tests import hook_arguments, make_manager
 
 from rayserve_hooks.context import CallbackCtx
 from rayserve_hooks.core.hooks import CLEAN_UP
-from rayserve_hooks.errors import HookError
 from rayserve_hooks.hookspecs import hookimpl
 
 Wrapping = Generator[None, Any, Any]
@@ -120,21 +119,5 @@ def call(*callbacks: object, ctx: CallbackCtx | None = None, hook: str = "on_bef
     return getattr(make_manager(*callbacks).hook, hook)(**hook_arguments(hook, ctx))
 
 
-def log_of(*callbacks: object, hook: str = "on_before_init") -> list[str]:
-    ctx = make_ctx()
-    call(*callbacks, ctx=ctx, hook=hook)
-    log: list[str] = ctx.custom_data.get("log", [])
-    return log
-
-
 def outcomes(ctx: CallbackCtx) -> list[tuple[str, str]]:
     return [(entry.callback, entry.outcome) for entry in ctx.trace]
-
-
-FIRST_FAILURE = ValueError("the first failure")
-
-
-def clean_up(
-    *callbacks: object, ctx: CallbackCtx | None = None, started: str = "abcd"
-) -> list[HookError]:
-    return make_manager(*callbacks).clean_up(ctx or make_ctx(), FIRST_FAILURE, started)

@@ -36,16 +36,21 @@ SERVES = {".venv/bin/serve run examples/serve_config.yaml"}
 # These start Ray, and leave no process.
 ENDS_ALL = {"make demo", ".venv/bin/python examples/quick_start.py"}
 # A page that comes after another one, which has installed.
-BEFORE = {"callbacks.md": ["make install"]}
+BEFORE = {
+    "callbacks.md": ["make install"],
+    "command_line.md": ["make install"],
+    "migration.md": ["pip install '.[testing]'"],
+}
 SAYS = {
     "make demo": (
-        "on_before_init      startup_metrics, MyCallback, custom_placement_group",
+        "startup_metrics, startup_timeline, MyCallback, custom_placement_group, download_policy",
         *(
             f"\N{CHECK MARK} {title}: "
             for title in (
                 "my own callback",
                 "download policy",
                 "start-up metrics",
+                "start-up timeline",
                 "custom placement group",
                 "full custom initialization",
             )
@@ -53,6 +58,10 @@ SAYS = {
         "all checks passed; no process is left",
     ),
     ".venv/bin/rayserve-hooks order examples/serve_config.yaml --app-dir examples": ("MyCallback",),
+    "rayserve-hooks order examples/first_callback.yaml --app-dir examples": ("the replica",),
+    "rayserve-hooks plugins": ("model_from_share:ModelFromShare",),
+    "rayserve-hooks check serve_config.yaml": ("llm/tiny: model_from_share",),
+    "rayserve-hooks check examples/migrated.yaml --app-dir examples": ("llm/tiny: Stock",),
     ".venv/bin/python examples/quick_start.py": (
         "on_before_init ['startup_metrics', 'MyCallback']",
     ),

@@ -1,5 +1,7 @@
 """Every block of the documentation is a part of a file that the tests run."""
 
+import ast
+import dataclasses
 import importlib
 import json
 import re
@@ -9,9 +11,10 @@ import textwrap
 from pathlib import Path
 from typing import get_args
 
+import error_texts
 import pytest
 import yaml
-from plugins_for_tests import make_ctx, parse_callbacks
+from plugins_for_tests import Plain, make_ctx, make_stack, parse_callbacks
 
 import rayserve_hooks
 from rayserve_hooks.cli import main
@@ -19,9 +22,10 @@ from rayserve_hooks.context import NodeInfo, NodeModelDownloadable
 from rayserve_hooks.core.arguments import arguments_model
 from rayserve_hooks.core.failures import Blame, hook_error
 from rayserve_hooks.core.hooks import HOOKS
+from rayserve_hooks.core.limits import TimeLimits
 from rayserve_hooks.core.loading import short_names
 from rayserve_hooks.hookspecs import RayServeLLMCallback
-from rayserve_hooks.impls import startup_metrics
+from rayserve_hooks.impls import compile_cache, startup_metrics
 from rayserve_hooks.impls.custom_placement_group import Strategy
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +96,7 @@ def test_the_tables_of_the_shipped_callbacks_are_their_arguments() -> None:
 
 def test_the_metrics_in_the_docs_are_those_that_are_exported() -> None:
     named = re.findall(r"`ray_(rayserve_hooks_\w+)`", (ROOT / "docs" / "callbacks.md").read_text())
-    assert set(named) == {startup_metrics.SECONDS, startup_metrics.RUNS}
+    assert set(named) == {*startup_metrics.LABELS, compile_cache.STARTS}
 
 
 def test_the_docs_name_each_choice_of_the_shipped_callbacks() -> None:
@@ -158,11 +162,37 @@ def test_the_changelog_says_of_each_module_where_it_is() -> None:
             assert module_file(module).exists(), module
 
 
-def test_the_table_of_variables_has_all_that_the_package_reads() -> None:
-    sources = (path.read_text() for path in (ROOT / "rayserve_hooks").rglob("*.py"))
-    read = {name for source in sources for name in re.findall(r"RAYSERVE_HOOKS_[A-Z_]+", source)}
-    page = (ROOT / "docs" / "callbacks.md").read_text()
-    assert {name.strip("`") for name, _ in rows_below(page, "<!-- table: variables -->")} == read
+VARIABLE = re.compile(
+    r"\b(?:AWS|AZURE|GOOGLE|HF|HUGGINGFACE|RAY|RAYLLM|RAYSERVE|REQUESTS|SSL|STORAGE|VLLM|XDG)"
+    r"_[A-Z0-9_]*[A-Z0-9]\b"
+)
+
+
+def test_the_table_of_variables_has_all_that_the_package_reads_or_names() -> None:
+    sources = [path.read_text() for path in (ROOT / "rayserve_hooks").rglob("*.py")]
+    nodes = (node for source in sources for node in ast.walk(ast.parse(source)))
+    texts = (node.value for node in nodes if isinstance(node, ast.Constant))
+    read = {name for text in texts if isinstance(text, str) for name in VARIABLE.findall(text)}
+    page = (ROOT / "docs" / "integration.md").read_text()
+    rows = rows_below(page, "<!-- table: variables -->")
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert sorted(listed) == sorted(read)
+
+
+def test_there_is_one_table_of_our_variables() -> None:
+    for page in PAGES:
+        rows = re.findall(r"^\| `RAYSERVE_HOOKS_\w+` \|", page.read_text(), re.MULTILINE)
+        assert not rows or page.name == "integration.md", page
+
+
+def test_the_page_for_operators_has_the_limits_with_their_defaults() -> None:
+    page = " ".join((ROOT / "docs" / "integration.md").read_text().split())
+    limits = dataclasses.asdict(TimeLimits())
+    assert "`on_before_init` and `on_after_init` 1800, `on_init_failed` 60, and none for " in page
+    assert {limits["on_before_init"], limits["on_after_init"]} == {1800}
+    assert limits["on_init_failed"] == 60
+    none = sorted(name for name, seconds in limits.items() if seconds is None)
+    assert none == ["download", "on_before_download", "total"]
 
 
 def module_file(name: str) -> Path:
@@ -181,6 +211,8 @@ def test_the_hook_table_is_the_contract() -> None:
 def test_the_failure_in_the_readme_is_what_a_failure_says() -> None:
     ctx = make_ctx(node=NodeInfo("4f…", "10.0.0.7", is_local=False))
     error = hook_error(RuntimeError("no such bucket"), ctx, Blame("Fail", "on_before_download"))
+    way_without = make_stack({"callback": Plain, "name": "Fail"}).way_without("Fail")
+    error.advice += f"; {way_without}"
     assert (ROOT / "examples" / "failure.txt").read_text().strip() == str(error)
 
 
@@ -190,10 +222,11 @@ def test_the_page_of_benchmarks_is_made_of_the_results(monkeypatch: pytest.Monke
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page()
 
 
-def test_the_yaml_of_the_callbacks_page_is_in_order(capsys: pytest.CaptureFixture[str]) -> None:
-    config = ROOT / "examples" / "prepare_node.yaml"
+@pytest.mark.parametrize("name", ["first_callback", "prepare_node"])
+def test_the_yaml_of_a_page_is_in_order(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ROOT / "examples" / f"{name}.yaml"
     assert main(["order", str(config), "--app-dir", str(ROOT / "examples")]) == 0
-    assert "prepare_node.py" in capsys.readouterr().out
+    assert f"{name}.py" in capsys.readouterr().out
 
 
 def test_the_yaml_example_is_a_serve_config_with_callbacks_that_exist() -> None:
@@ -205,3 +238,41 @@ def test_the_yaml_example_is_a_serve_config_with_callbacks_that_exist() -> None:
     assert settings["callback_class"] == "rayserve_hooks.HooksCallback"
     for entry in parse_callbacks(settings["callback_kwargs"]["callbacks"]):
         assert entry.create()
+
+
+def listed_errors() -> list[list[str]]:
+    page = (ROOT / "docs" / "errors.md").read_text()
+    tables = page.split("<!-- errors -->")[1:]
+    return [row for table in tables for row in rows_below(f"x{table}", "x")]
+
+
+def test_the_page_of_errors_lists_texts_that_exist_each_once_with_what_to_do() -> None:
+    rows = listed_errors()
+    texts = [row[0].strip("`") for row in rows]
+    assert set(texts) - error_texts.everywhere() == set()
+    assert sorted(set(texts)) == sorted(texts)
+    assert all(len(row) == 3 and all(row) for row in rows)
+
+
+def test_the_page_of_errors_lists_what_our_errors_say() -> None:
+    missing = error_texts.raised() - {row[0].strip("`") for row in listed_errors()}
+    rows = "\n".join(f"| `{text}` | why | what to do |" for text in sorted(missing))
+    assert not missing, f"add to a table of docs/errors.md:\n{rows}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'raise DownloadError(f"{what} holds nothing; check it")',
+        'failure = step_error(ctx, phase, f"{what} holds nothing; check it")',
+        'raise self._failed(f"{what} holds " f"nothing; check {it}", error)',
+        'detail = f"{what} holds nothing; check it"',
+        'problems.append(f"{what} holds nothing; check it")',
+        'def f():\n    yield f"{what} holds nothing; check it"',
+    ],
+)
+def test_a_text_is_found_however_an_error_is_made_of_it(source: str) -> None:
+    nodes = [
+        part for node in ast.walk(ast.parse(source)) for part in error_texts.parts(node, "core")
+    ]
+    assert "… holds nothing" in {error_texts.what(error_texts.written(node)) for node in nodes}

@@ -141,7 +141,7 @@ def test_the_cpu_wheel_index_is_added_only_where_pip_needs_it(
     assert "torch==2.13.0+cpu" in dry_run
     index = "--extra-index-url https://download.pytorch.org/whl/cpu"
     assert (index in real) == (not knows_cpu_torch)
-    assert "--editable .[engine-cpu,test,lint]" in real
+    assert "--editable .[engine-cpu,test,lint,docs]" in real
     assert f"--constraint constraints/ray-{RAYS[-1]}.txt" in real
 
 
@@ -268,7 +268,7 @@ sys.meta_path.insert(0, Hide())
 def run_without(hidden: set[str], code: str) -> subprocess.CompletedProcess[str]:
     script = f"HIDDEN = {hidden!r}\n{HIDE}\n{code}"
     return subprocess.run(
-        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+        [sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True
     )
 
 
@@ -326,6 +326,20 @@ sys.exit(main(["order", "examples/serve_config.yaml"]))
     )
     assert done.returncode == 0, done.stderr
     assert "MyCallback" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_ray_callback_without_the_engine_names_the_extra() -> None:
+    code = """
+from rayserve_hooks.testing.run import simulate
+
+sys.path.insert(0, "examples")
+error = simulate({"callback": "migrated:Stock", "kwargs": {"folder": "/models"}}).error
+sys.exit(str(error))
+"""
+    said = run_without({"pyarrow"}, code).stderr
+    assert "needs the package 'pyarrow'; install 'rayserve_hooks[engine]'" in said
+    assert "fix the callback" not in said
 
 
 @pytest.mark.parametrize(

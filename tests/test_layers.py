@@ -17,7 +17,7 @@ from plugins_for_tests import run_script
 ROOT = Path(__file__).parent.parent
 PACKAGE = "rayserve_hooks"
 
-CONTRACT = ("errors", "trace", "hookspecs", "context")
+CONTRACT = ("errors", "trace", "hookspecs", "context", "findings")
 RAY = ("ray", "vllm")
 
 
@@ -43,6 +43,7 @@ class Room:
 ROOMS = {
     "errors": Room("errors imports nothing but the standard library", (), others=()),
     "trace": Room("trace imports nothing but the standard library", (), others=()),
+    "findings": Room("findings imports nothing but the standard library", (), others=()),
     "hookspecs": Room(
         "hookspecs imports pluggy, trace and errors; context for annotations only",
         ("trace", "errors"),
@@ -50,9 +51,9 @@ ROOMS = {
         others=("pluggy",),
     ),
     "context": Room(
-        "context imports hookspecs, trace and errors; Ray for annotations only",
+        "context imports hookspecs, trace and errors; Ray and vLLM for annotations only",
         ("hookspecs", "trace", "errors"),
-        typing=("ray",),
+        typing=("ray", "vllm"),
         others=(),
     ),
     "core": Room(
@@ -73,16 +74,38 @@ ROOMS = {
         no_others=(*RAY, "pluggy"),
     ),
     "impls": Room(
-        "impls import what any callback may: the contract and core.arguments",
-        (*CONTRACT, "core.arguments", "core.validation"),
+        "impls import what any callback may: the contract, core.arguments, the masking of secrets, "
+        "what brings files, and what impls share",
+        (
+            *CONTRACT,
+            "core.arguments",
+            "core.validation",
+            "core.threads.check_given_up",
+            "core.masking",
+            "core.known_secrets",
+            "download.caller",
+            "download.files",
+            "download.hub",
+            "download.objects",
+            "download.safe_files",
+            "cluster.adapters",
+            "cluster._vllm.compile_variables",
+            "impls._archive",
+            "impls._startup",
+        ),
     ),
     "cluster": Room(
-        "cluster imports all but cli, impls and the package's __init__",
-        (*CONTRACT, "core", "download", "cluster"),
+        "cluster imports all but cli, impls and, its version excepted, the package's __init__",
+        (*CONTRACT, "core", "download", "cluster", "__init__.__version__"),
+    ),
+    "testing": Room(
+        "testing imports what runs a start, and pytest; no Ray or vLLM",
+        (*CONTRACT, "core", "download", "cluster", "testing"),
+        others=("pytest",),
     ),
     "cli": Room(
         "cli imports all but impls, which are loaded by name",
-        (*CONTRACT, "core", "download", "cluster", "__init__"),
+        (*CONTRACT, "core", "download", "cluster", "cli", "__init__"),
         no_others=RAY,
     ),
     "__main__": Room("__main__ imports the command line", ("cli",), others=()),
@@ -98,6 +121,10 @@ ROOMS = {
 PRIVATE_LINK = ("context", "core.recorder")
 PLUGGY_INSIDE = ("core._pluggy",)
 RAY_INSIDE = ("cluster._ray",)
+VLLM_INSIDE = ("cluster._vllm",)
+# For annotations, the entry points that anybody may register, and the variables that it documents.
+# What vLLM exports itself is public, too.
+VLLM_PUBLIC = ("vllm.engine.protocol", "vllm.general_plugins", "vllm.envs")
 
 
 @dataclass(frozen=True)
@@ -199,7 +226,9 @@ def own_name(name: str) -> str | None:
         return None
     rest = name.removeprefix(PACKAGE).removeprefix(".")
     room = rest.partition(".")[0]
-    return rest if room in ROOMS else "__init__"  # such as rayserve_hooks.LLMConfig
+    if room in ROOMS:
+        return rest
+    return f"__init__.{rest}" if rest else "__init__"  # such as rayserve_hooks.LLMConfig
 
 
 def problems_of(module: Module) -> list[str]:
@@ -311,12 +340,23 @@ def _private_rule(name: str, module: Module) -> str:
     )
     if rays and module.name not in RAY_INSIDE:
         return "Ray's internals are used in cluster/_ray.py only"
+    vllms = re.fullmatch(r"vllm\.[a-z]\w*(\.\w+)*(:\w+)?", name) and not below(name, *VLLM_PUBLIC)
+    if vllms and module.name not in VLLM_INSIDE:
+        return "vLLM's internals are used in cluster/_vllm.py only"
     return ""
 
 
-# What Ray has brought from a process of the same job. Never a file, which another may have written.
-UNPICKLES = ("errors", "core.instances", "cluster.travel")
-SHARED_FOLDERS = ("download.node_lock",)  # it checks owner and mode, and believes nothing in it
+# What Ray has brought from a process of the same job. Never a file, which another may have written:
+# but for the engine's processes', in a folder that is checked to be this user's alone.
+UNPICKLES = (
+    "errors",
+    "core.instances",
+    "cluster.travel",
+    "cluster.engine_folder",
+    "testing.travel",
+)
+# They check owner and mode. The lock believes nothing in it.
+SHARED_FOLDERS = ("download.node_lock", "cluster.engine_folder")
 UNPICKLERS = re.compile(r"(pickle|cloudpickle|dill|_pickle)\.(loads|Unpickler)")
 RUNNERS = re.compile(
     r"(pickle|cloudpickle|dill|_pickle|marshal|joblib|torch|numpy|np)\.load|marshal\.loads"
@@ -340,7 +380,10 @@ def trust_problems(module: Module) -> list[str]:
     return problems
 
 
-_NO_SHARED_FOLDER = "folders that others can write are used in download/node_lock.py only"
+_NO_SHARED_FOLDER = (
+    "folders that others can write are used in download/node_lock.py and "
+    "cluster/engine_folder.py only"
+)
 
 
 def _trust_rule(node: ast.AST, module: Module) -> str:
@@ -417,7 +460,13 @@ def test_a_module_that_may_is_one_that_does(name: str) -> None:
         ("import pickle\npickle.load(file)", "uses pickle.load; nothing in a file is unpickled"),
         ("import pickle\npickle.loads(data)", "uses pickle.loads; bytes are unpickled where Ray"),
         ("import pickle\nf(pickle.loads)", "uses pickle.loads; bytes are unpickled where Ray"),
-        ("import tempfile", "folders that others can write are used in download/node_lock.py only"),
+        (
+            "import tempfile",
+            (
+                "folders that others can write are used in download/node_lock.py and "
+                "cluster/engine_folder.py only"
+            ),
+        ),
         ("from tempfile import gettempdir", "folders that others can write"),
         ("Path('/tmp/mailbox')", "folders that others can write"),
         ("exec(path.read_text())", "uses exec; nothing in a file"),
@@ -434,8 +483,8 @@ def test_what_could_run_another_users_file_is_reported(source: str, rule: str) -
 
 def test_the_tests_of_core_need_neither_cluster_nor_ray() -> None:
     tests = ROOT / "tests"
-    rule = "tests of core import no other room and no Ray"
-    core = Room(rule, (*CONTRACT, "core"), no_others=RAY)
+    rule = "tests of core import no other room, the kit excepted, and no Ray"
+    core = Room(rule, (*CONTRACT, "core", "testing"), no_others=RAY)
     files = [*(tests / "core").glob("*.py"), tests / "steps.py", tests / "plugins_for_tests.py"]
     report(
         f"{path.relative_to(ROOT)}:{found.line}: imports {found.name}; {rule}"
@@ -581,6 +630,8 @@ def test_what_is_imported_later_or_for_annotations_makes_no_circle(later: str) -
         ("cluster.slot", f"{TYPING}from ray.serve.context import x", "imports ray.serve", "Ray's"),
         ("cluster.slot", "ray._private.worker", "uses ray._private", "Ray's internals"),
         ("cli", "load('ray.llm._internal.common:X')", "uses ray.llm._internal", "Ray's internals"),
+        ("cluster.slot", "from vllm.plugins import x", "imports vllm.plugins.x", "vLLM's"),
+        ("cluster.slot", "import vllm.v1.engine.core", "imports vllm.v1.engine", "vLLM's"),
     ],
 )
 def test_a_private_part_in_the_wrong_file_is_reported(
@@ -602,6 +653,9 @@ def test_a_private_part_in_the_wrong_file_is_reported(
         ("core._pluggy", "caller._hookimpls\ngetattr(f, f'{project}_impl')"),
         ("cluster._ray", "from ray.llm._internal.common import x\nimport ray.serve.context"),
         ("cluster.slot", "from ray.serve.llm import LLMConfig\nray.serve.get_replica_context()"),
+        ("cluster._vllm", "from vllm.plugins import x"),
+        ("impls.report", "from vllm import SamplingParams"),
+        ("context", f"{TYPING}from vllm.engine.protocol import EngineClient"),
         ("core.log", "'''Of ray.serve._private.logging_utils, Ray 2.60.'''"),
         ("core.loading", "importlib.util.find_spec(name)"),
     ],
