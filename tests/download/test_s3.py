@@ -686,12 +686,3 @@ def test_without_tls_no_certificates_are_read(
 ) -> None:
     monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such.pem")
     assert download() == CONTENT
-
-
-def test_a_client_for_other_settings_reads_no_data_of_botocore_s_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    open_source("s3://anonymous@bucket/model").close()
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
-    monkeypatch.setattr("rayserve_hooks.download.botocore_data._DataFiles.load_file", None)
-    open_source("s3://anonymous@bucket/model").close()
