@@ -1,6 +1,7 @@
 """Make a Llama of two layers with random weights: small enough to serve on two CPU cores."""
 
 import sys
+import tempfile
 from pathlib import Path
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -9,7 +10,7 @@ CORPUS = ["user assistant system hello world the quick brown fox jumps over the 
 
 def make_tiny_model(folder: Path) -> Path:
     """Write the model and its tokenizer to ``folder``, unless they are there already."""
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         return folder
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -34,15 +35,25 @@ def make_tiny_model(folder: Path) -> Path:
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
+        # With a multiple of 32, vLLM computes attention with AMX where the CPU has it, and there
+        # two engines that generate at the same time have ended with SIGILL (vLLM 0.29).
+        head_dim=80,
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=1,
     )
-    fast.save_pretrained(folder)
-    # The weights come last: their presence says that the folder is complete.
-    LlamaForCausalLM(config).save_pretrained(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        made = Path(unfinished, folder.name)
+        fast.save_pretrained(made)
+        LlamaForCausalLM(config).save_pretrained(made)
+        try:
+            made.rename(folder)
+        except OSError:  # another process may have been first
+            if not folder.exists():
+                raise
     return folder
 
 

@@ -186,7 +186,7 @@ def make_adapter(folder: Path) -> Path:
     for layer in range(2):
         name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         weights[f"{name}.lora_A.weight"] = torch.ones(8, 64) * 0.01
-        weights[f"{name}.lora_B.weight"] = torch.ones(64, 8) * 0.01
+        weights[f"{name}.lora_B.weight"] = torch.ones(160, 8) * 0.01
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
 
