@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 ENVS = ROOT / ".cache" / "envs"
 CONSTRAINTS = ROOT / "constraints"
 PAGE = ROOT / "docs" / "compatibility.md"
-ROWS = ROOT / ".cache" / "matrix.json"
+ROWS = ROOT / "docs" / "compatibility.json"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 NOT_EVERYWHERE = "3.14"  # its absence from this machine is no failure
 NOT_RUN = "not run"
@@ -318,13 +318,14 @@ def main() -> int:
 
 
 def load_rows() -> dict[str, Row]:
-    """Return the last run of each minor, in this checkout."""
+    """Return the last run of each minor."""
     found = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     return {minor: Row(**row) for minor, row in found.items()}
 
 
 def save_rows(rows: Mapping[str, Row]) -> None:
-    ROWS.write_text(json.dumps({minor: asdict(row) for minor, row in rows.items()}, indent=1))
+    text = json.dumps({minor: asdict(row) for minor, row in sorted(rows.items())}, indent=1)
+    ROWS.write_text(f"{text}\n")
 
 
 def page(rows: Mapping[str, Row]) -> str:
