@@ -39,8 +39,9 @@ $(INSTALLED): setup.cfg pyproject.toml scripts/install.sh $(wildcard constraints
 demo: $(INSTALLED)
 	@exec python examples/demo.py
 
+# Two processes, each with a cluster of its own: a test on a cluster mostly waits.
 test: $(INSTALLED)
-	@python -m pytest
+	@python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-unit: $(INSTALLED)
 	@python -m pytest -m "not ray and not engine and not slow"

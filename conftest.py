@@ -48,11 +48,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Make every warning an error in tests without Ray; with it, setup.cfg's filters stay.
 
     Ray and vLLM warn about their own dependencies, in other words with each of their versions.
+
+    The files whose tests start Ray or an engine come first: with several processes (``-n``), which
+    take a file each, they take minutes and what has no mark fills the rest.
     """
     for item in items:
-        if not any(item.get_closest_marker(name) for name in ("ray", "engine")):
-            # In front, so that a test's own filters count more.
+        # In front, so that a test's own filters count more.
+        if not _starts_ray(item):
             item.add_marker(pytest.mark.filterwarnings("error"), append=False)
+    slow_files = {item.path for item in items if _starts_ray(item)}
+    items.sort(key=lambda item: item.path not in slow_files)
+
+
+def _starts_ray(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("ray", "engine"))
 
 
 @pytest.fixture(scope="session")
