@@ -169,49 +169,48 @@ def test_a_failing_on_configure_deploys_nothing() -> None:
         build_openai_app({"llm_configs": [fields(callback=trouble)]})
 
 
-@pytest.mark.parametrize(
-    ("callbacks", "texts"),
-    [
-        (
-            ["life_callbacks:Lief", "no_such_module:X"],
-            ["has no 'Lief'; did you mean 'Life'", "no_such_module"],
-        ),
-        (
-            [{"callback": "life_callbacks:Trouble", "kwargs": {"hook": "on_configure"}}],
-            [
-                "callback 'Trouble' failed in hook on_configure on node",
-                "RuntimeError: no such buck",
-            ],
-        ),
-    ],
-)
-def test_serve_deploy_fails_before_a_replica_starts(
-    callbacks: list[Any], texts: list[str], ray_cluster: Any, tmp_path: Path
-) -> None:
+def test_serve_deploy_fails_before_a_replica_starts(ray_cluster: Any, tmp_path: Path) -> None:
     from ray import serve
 
-    application = {
-        "name": "wrong",
-        "route_prefix": "/wrong",
-        "import_path": "rayserve_hooks:build_openai_app",
-        "args": {"llm_configs": [fields(callbacks=callbacks)]},
+    trouble = {"callback": "life_callbacks:Trouble", "kwargs": {"hook": "on_configure"}}
+    wrong = {
+        "misspelt": ["life_callbacks:Lief", "no_such_module:X"],
+        "failing": [trouble],
     }
+    texts = {
+        "misspelt": ["has no 'Lief'; did you mean 'Life'", "no_such_module"],
+        "failing": [
+            "callback 'Trouble' failed in hook on_configure on node",
+            "RuntimeError: no such buck",
+        ],
+    }
+    applications = [
+        {
+            "name": name,
+            "route_prefix": f"/{name}",
+            "import_path": "rayserve_hooks:build_openai_app",
+            "args": {"llm_configs": [fields(callbacks=callbacks)]},
+        }
+        for name, callbacks in wrong.items()
+    ]
     config = tmp_path / "serve.yaml"
-    config.write_text(yaml.safe_dump({"applications": [application]}))
+    config.write_text(yaml.safe_dump({"applications": applications}))
     command = [str(Path(sys.executable).with_name("serve")), "deploy"]
     subprocess.run([*command, "--address", ray_cluster.dashboard, str(config)], check=True)
 
-    def failed() -> Any:
-        found = serve.status().applications.get("wrong")
-        return found if found is not None and found.status == "DEPLOY_FAILED" else None
+    def all_failed() -> Any:
+        found = serve.status().applications
+        return found if {found[name].status for name in wrong} == {"DEPLOY_FAILED"} else None
 
     try:
-        found = until(failed, 180)
-        for text in texts:
-            assert text in found.message
-        assert not found.deployments
+        found = until(all_failed, 180)
+        for name, expected in texts.items():
+            for text in expected:
+                assert text in found[name].message
+            assert not found[name].deployments
     finally:
-        serve.delete("wrong")
+        for name in wrong:
+            serve.delete(name)
 
 
 def test_what_is_set_is_seen_from_outside(ray_cluster: Any, tmp_path: Path) -> None:

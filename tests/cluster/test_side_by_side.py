@@ -19,14 +19,20 @@ from rayserve_hooks.errors import FailureReport
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 BUNDLES = {"bundles": [{"CPU": 1}, {"other": 1}], "strategy": "STRICT_SPREAD"}
+ONE_NODE = {"bundles": [{"CPU": 1}]}
 
-WAYS = [
-    *("SeesItsContext", "PlainMethods", "AsyncDownload", "StateOnSelf", "StateOnContext"),
-    *("StateByGetState", "NamesOneObjectTwice", "KeysOfAnyKind", "AssignsCustomData"),
-    *("CustomDataOfOtherKinds", "CustomDataThatIsNoDict", "CustomDataLikeADict"),
-    *("ClearsCustomData", "NoRuntimeEnv", "AddsVariables", "SetsMode", "TakesOver"),
-    *("TakesOverWhenBuilt", "ReplacesItsContext", "RunsItself", "RunsNothing", "TakesArguments"),
+# What travels between nodes, or differs on them. A process of each start imports an engine there.
+ON_TWO_NODES = [
+    *("SeesItsContext", "AsyncDownload", "StateOnSelf", "StateOnContext", "StateByGetState"),
+    *("NamesOneObjectTwice", "KeysOfAnyKind", "CustomDataOfOtherKinds", "AddsVariables"),
+    "TakesOver",
 ]
+ON_ONE = [
+    *("PlainMethods", "AssignsCustomData", "CustomDataThatIsNoDict", "CustomDataLikeADict"),
+    *("ClearsCustomData", "NoRuntimeEnv", "SetsMode", "TakesOverWhenBuilt", "ReplacesItsContext"),
+    *("RunsItself", "RunsNothing", "TakesArguments"),
+]
+WAYS = [*((name, BUNDLES) for name in ON_TWO_NODES), *((name, ONE_NODE) for name in ON_ONE)]
 FAILURES = [
     *("FailsBefore", "FailsInDownload", "FailsAfter", "FailsWhenBuilt", "AlwaysRaises"),
     *("NeverRaises", "ChangesItsMind", "SettlesItself", "FailsToRun"),
@@ -80,13 +86,13 @@ def in_stock(name: str, kwargs: dict[str, Any], raises: bool, **fields: Any) -> 
         "callback_kwargs": kwargs,
         "raise_error_on_callback": raises,
     }
-    return LLMConfig(callback_config=settings, placement_group_config=BUNDLES, **fields)
+    return LLMConfig(callback_config=settings, **fields)
 
 
 def in_ours(name: str, kwargs: dict[str, Any], raises: bool, **fields: Any) -> Any:
     on_error = "raise" if raises else "warn"
     entry = {"callback": f"stock_callbacks:{name}", "kwargs": kwargs, "on_error": on_error}
-    return rayserve_hooks.LLMConfig(callbacks=[entry], placement_group_config=BUNDLES, **fields)
+    return rayserve_hooks.LLMConfig(callbacks=[entry], **fields)
 
 
 def lines(log: Path) -> list[str]:
@@ -95,21 +101,27 @@ def lines(log: Path) -> list[str]:
 
 
 def both(
-    name: str, folder: Path, raises: bool = True, fields: Any = None, **kwargs: Any
+    name: str,
+    folder: Path,
+    raises: bool = True,
+    fields: Any = None,
+    group: Any = BUNDLES,
+    **kwargs: Any,
 ) -> tuple[tuple[dict[str, Any], list[str]], ...]:
     found = []
     for make in (in_stock, in_ours):
         log = folder / make.__name__
         loading = {"model_loading_config": {"model_id": "tiny"}}
         given = loading if fields is None else fields(make.__name__)
+        given = {**given, "placement_group_config": group}
         handed = start(make(name, {"log": str(log), **kwargs}, raises, **given))
         found.append((handed, lines(log)))
     return tuple(found)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_both_see_and_do_the_same(name: str, tmp_path: Path) -> None:
-    (handed, wrote), (ours, we_wrote) = both(name, tmp_path)
+@pytest.mark.parametrize(("name", "group"), WAYS, ids=[name for name, _ in WAYS])
+def test_both_see_and_do_the_same(name: str, group: Any, tmp_path: Path) -> None:
+    (handed, wrote), (ours, we_wrote) = both(name, tmp_path, group=group)
     assert (ours, we_wrote) == (handed, wrote)
     assert wrote
     assert "error" not in handed
@@ -118,7 +130,8 @@ def test_both_see_and_do_the_same(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("raises", [True, False], ids=["raise", "warn"])
 @pytest.mark.parametrize("name", FAILURES)
 def test_both_fail_or_go_on(name: str, raises: bool, tmp_path: Path) -> None:
-    (handed, wrote), (ours, we_wrote) = both(name, tmp_path, raises)
+    group = BUNDLES if raises or name == "FailsInDownload" else ONE_NODE
+    (handed, wrote), (ours, we_wrote) = both(name, tmp_path, raises, group=group)
     assert handed.keys() == ours.keys()
     # From another process Ray's comes without its cause; its text ends with the cause's.
     assert str(handed.pop("error", "")).endswith(str(ours.pop("error", "")))
@@ -133,6 +146,7 @@ def test_both_fail_or_go_on(name: str, raises: bool, tmp_path: Path) -> None:
 def test_both_download_the_same(
     mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    group = BUNDLES if mode == "MODEL_AND_TOKENIZER" else ONE_NODE
     model = tmp_path / "bucket" / "tiny"
     model.mkdir(parents=True)
     (model / "hash").write_text("0123abcd")
@@ -151,7 +165,7 @@ def test_both_download_the_same(
                 "runtime_env": {"env_vars": variables},
             }
 
-        (theirs, _), (ours, _) = both("SetsMode", tmp_path, fields=fields, mode=mode)
+        (theirs, _), (ours, _) = both("SetsMode", tmp_path, fields=fields, group=group, mode=mode)
     assert [theirs.get("error"), ours.get("error")] == [None, None]
     stock, here = (downloaded(tmp_path / "home" / side) for side in ("in_stock", "in_ours"))
     assert here == stock
