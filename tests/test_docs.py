@@ -208,6 +208,22 @@ def test_the_hook_table_is_the_contract() -> None:
         assert ("first result wins" in result) == bool(spec["firstresult"])
 
 
+def test_the_history_of_the_hooks_is_theirs_and_each_has_a_callback_that_ships() -> None:
+    shipped = {
+        name: entry_point.load()
+        for name, entry_point in short_names().items()
+        if entry_point.value.startswith("rayserve_hooks.impls.")
+    }
+    page = (ROOT / "docs" / "decisions.md").read_text()
+    rows = rows_below(page, "<!-- table: history -->")
+    assert tuple(row[0].strip("`") for row in rows) == HOOKS
+    for hook, since, uses in rows:
+        spec = getattr(RayServeLLMCallback, hook.strip("`"))
+        assert f"Since: {since}\n" in spec.__doc__
+        using = [name for name, callback in shipped.items() if hasattr(callback, spec.__name__)]
+        assert re.findall(r"`(\w+)`", uses) == sorted(using) != []
+
+
 def test_the_failure_in_the_readme_is_what_a_failure_says() -> None:
     ctx = make_ctx(node=NodeInfo("4f…", "10.0.0.7", is_local=False))
     error = hook_error(RuntimeError("no such bucket"), ctx, Blame("Fail", "on_before_download"))

@@ -486,6 +486,11 @@ ENGINE = [
 ]
 
 
+def in_python_with_our_builder(folder: Path, fields: dict[str, Any]) -> None:
+    config = rayserve_hooks.LLMConfig(callbacks=callbacks(folder, of_all=True), **fields)
+    run(rayserve_hooks.build_openai_app({"llm_configs": [config]}))
+
+
 def in_python_with_rays_builder(folder: Path, fields: dict[str, Any]) -> None:
     from ray.serve.llm import build_openai_app
 
@@ -494,24 +499,38 @@ def in_python_with_rays_builder(folder: Path, fields: dict[str, Any]) -> None:
 
 
 def in_yaml_with_our_builder(folder: Path, fields: dict[str, Any]) -> None:
+    config = {**fields, "callbacks": callbacks(folder, of_all=True)}
+    deploy_file("rayserve_hooks:build_openai_app", config)
+
+
+def in_yaml_with_rays_builder(folder: Path, fields: dict[str, Any]) -> None:
+    fields["runtime_env"]["env_vars"][_ray.ENGINE_VARIABLE] = _ray.HOOKS_ENGINE
+    kwargs = {"callbacks": callbacks(folder, of_all=True)}
+    named = {"callback_class": "rayserve_hooks.HooksCallback", "callback_kwargs": kwargs}
+    deploy_file("ray.serve.llm:build_openai_app", {**fields, "callback_config": named})
+
+
+def deploy_file(builder: str, config: dict[str, Any]) -> None:
     """Do as ``serve run`` with a file."""
     from ray._common.utils import import_attr
     from ray.serve import schema
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-    builder = "rayserve_hooks:build_openai_app"
-    config = {**fields, "callbacks": callbacks(folder, of_all=True)}
     args = yaml.safe_load(yaml.safe_dump({"llm_configs": [config]}))
     schema.ServeApplicationSchema(import_path=builder, args=args)
     run(call_user_app_builder_with_args_if_necessary(import_attr(builder), args))
 
 
-# The other two pairs are tried with an engine that starts nothing, above.
 @pytest.mark.engine
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("deploy", "before"),
-    [(in_yaml_with_our_builder, CONFIGURE), (in_python_with_rays_builder, [])],
+    [
+        (in_python_with_our_builder, CONFIGURE),
+        (in_yaml_with_our_builder, CONFIGURE),
+        (in_python_with_rays_builder, []),
+        (in_yaml_with_rays_builder, []),
+    ],
 )
 def test_the_whole_life_with_the_real_engine(
     deploy: Callable[[Path, dict[str, Any]], None],
