@@ -6,6 +6,7 @@ Each takes part in one hook. Its place in the list is when it acts; two of one k
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import itertools
 import os
@@ -28,8 +29,8 @@ released = threading.Event()
 """Set when a run has ended: what hangs in a thread goes on then."""
 
 
-class Step:
-    """A callback that acts in one hook.
+class Step(abc.ABC):
+    """A callback that acts in one hook: subclass it, and define `act`.
 
     Args:
         hook: The hook's name.
@@ -54,9 +55,9 @@ class Step:
             return None
         return self.act(ctx)
 
+    @abc.abstractmethod
     def act(self, ctx: CallbackCtx) -> Any:
         """Do it; what is returned is the hook's result."""
-        raise NotImplementedError
 
 
 class Fail(Step):

@@ -9,12 +9,13 @@ import json
 import os
 import re
 import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
-from apps import without_ingress
+from apps import RUNS, groups_left, none_left, without_ingress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,13 +80,18 @@ def chat(cluster: Any) -> int:
 
 
 def failure(model: Path, *callbacks: Any, ranks: int = 1) -> str:
-    """Return what Serve's status says of a replica whose start fails."""
+    """Return what Serve's status says of a replica whose start fails, and leaves nothing."""
     from ray import serve
 
+    fields, mark = config(model, *callbacks, ranks=ranks), uuid.uuid4().hex
+    fields["runtime_env"]["env_vars"][RUNS] = mark
     with pytest.raises(RuntimeError):
-        run(without_ingress(config(model, *callbacks, ranks=ranks)))
-    deployments = serve.status().applications["app"].deployments
-    return deployments["LLMServer:tiny"].message
+        run(without_ingress(fields))
+    message = str(serve.status().applications["app"].deployments["LLMServer:tiny"].message)
+    serve.delete("app")
+    none_left(mark)
+    assert groups_left() == []
+    return message
 
 
 def seen_in(folder: Path) -> dict[str, Any]:
@@ -141,6 +147,7 @@ def test_the_replica_the_core_and_two_ranks_run_it_once_each(
     [
         ("worker 1", "raise", "RuntimeError: no such parser; fix the callback"),
         ("engine core", "kill", "its process was killed; see the replica's log"),
+        ("worker 0", "kill", "its process was killed; see the replica's log"),
     ],
 )
 def test_a_hook_that_fails_in_a_process_is_in_serves_status_and_soon(

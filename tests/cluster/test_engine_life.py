@@ -5,18 +5,16 @@ Most tests have an engine that starts nothing, named as a user names one; the la
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import processes
 import psutil
 import pytest
 import requests
 import yaml
-from apps import without_ingress
+from apps import RUNS, groups_left, none_left, without_ingress
 from waiting import until
 
 import rayserve_hooks
@@ -26,7 +24,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 NAME = "life"
 DEPLOYMENT = "LLMServer:tiny"
-RUNS = "RAYSERVE_HOOKS_TEST_REPLICA"  # marks the processes of a test's replica
 
 
 @pytest.fixture(autouse=True)
@@ -118,26 +115,6 @@ END = [
     *calls("replica", "on_shutdown", "WriteTrace", outcome="running"),
 ]
 CONFIGURE = calls("driver", "on_configure", "a", "b")
-
-
-def groups_left() -> list[Any]:
-    from ray.util.placement_group import placement_group_table
-
-    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-
-
-def none_left(folder: Path) -> None:
-    """Wait for the end of all processes of a test's replica; an error has their commands."""
-
-    def of_replica() -> list[psutil.Process]:
-        # The first replica starts one of Ray's own for the whole cluster, which stays.
-        marked = processes.marked(RUNS, str(folder))
-        return [process for process in marked if process.name() != "ray::TelemetryAgent"]
-
-    with contextlib.suppress(AssertionError):
-        until(lambda: not of_replica())
-    left = of_replica()
-    assert [(process.name(), process.ppid(), process.cmdline()) for process in left] == []
 
 
 def test_the_whole_life_with_our_builder_and_a_users_engine(
