@@ -49,15 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Ray and vLLM warn about their own dependencies, in other words with each of their versions.
 
-    The files whose tests start Ray or an engine come first: with several processes (``-n``), which
-    take a file each, they take minutes and what has no mark fills the rest.
+    With several processes (``-n``), which take a file each, those that take longest come first:
+    what starts Ray or an engine, and of that ``cluster/`` later, as it is many files.
     """
     for item in items:
         # In front, so that a test's own filters count more.
         if not _starts_ray(item):
             item.add_marker(pytest.mark.filterwarnings("error"), append=False)
     slow_files = {item.path for item in items if _starts_ray(item)}
-    items.sort(key=lambda item: item.path not in slow_files)
+    items.sort(key=lambda item: (item.path not in slow_files, "cluster" in item.path.parts))
 
 
 def _starts_ray(item: pytest.Item) -> bool:

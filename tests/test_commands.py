@@ -15,7 +15,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import processes
@@ -234,3 +235,39 @@ def test_the_commands_of_a_page(page: Path, tmp_path: Path) -> None:
 def test_what_is_not_run_or_is_treated_otherwise_is_in_a_page() -> None:
     assert {*NOT_RUN, *SERVES, *SAYS, *ENDS_ALL} <= COMMANDS
     assert BEFORE.keys() <= {page.name for page in PAGES}
+
+
+# Here, as what is in one file runs in one process: two demos that start at the same time take a
+# machine of two cores longer than the 30 seconds that Ray waits for its raylet.
+@pytest.mark.engine
+@pytest.mark.timeout(400)
+# A terminal sends Ctrl-C to the whole foreground group; make hands SIGTERM on to its child.
+@pytest.mark.parametrize(
+    ("send", "signal_number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
+)
+def test_a_demo_that_is_interrupted_leaves_no_process(
+    send: Callable[[int, int], None], signal_number: signal.Signals
+) -> None:
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "DEMO_TEST": mark, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / "demo.py")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as demo:
+        assert demo.stdout is not None
+        try:
+            for line in demo.stdout:
+                if line.startswith("... serving the model with the callbacks stacked"):
+                    break
+            send(demo.pid, signal_number)
+            demo.stdout.read()
+            assert demo.wait(timeout=60) == 128 + signal_number
+            assert processes.marked("DEMO_TEST", mark) == []
+        finally:
+            left = processes.marked("DEMO_TEST", mark)
+            for process in left:
+                process.kill()
+            psutil.wait_procs(left)
