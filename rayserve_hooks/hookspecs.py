@@ -194,7 +194,7 @@ class RayServeLLMCallback:
 
     @hookspec
     def on_shutdown(self, ctx: CallbackCtx) -> HookResult[None]:
-        """Give back what the callbacks hold, when the replica is stopped.
+        """Release what the callbacks hold, when the replica is stopped.
 
         When: while Serve stops a replica that has been ready: scaled down, redeployed, updated
         or deleted; before the engine is stopped.

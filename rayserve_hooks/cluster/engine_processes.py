@@ -99,7 +99,7 @@ class EngineProcesses:
         self._set_mark({MARK: mark})
 
     def _set_mark(self, mark: Mapping[str, str]) -> None:
-        """Give the mark to what gets the runtime environment: Ray's workers and tasks."""
+        """Set the mark for what gets the runtime environment: Ray's workers and tasks."""
         env = dict(self._ctx.runtime_env)
         others = {name: env["env_vars"][name] for name in env.get("env_vars") or {} if name != MARK}
         env["env_vars"] = others | dict(mark)

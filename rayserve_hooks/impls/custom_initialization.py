@@ -52,7 +52,7 @@ class CustomInitialization:
         self.required_files = tuple(required_files)
 
     def doctor(self, llm_config: Mapping[str, Any]) -> Iterator[Finding]:
-        """Say before the deployment whether the model is there."""
+        """Yield a finding that says whether the model is there."""
         if missing := self._missing():
             detail = f"{str(self.model_path)!r} has no {', '.join(missing)}"
             yield Finding("model", "problem", detail, f"{_MOUNT}, or correct model_path")

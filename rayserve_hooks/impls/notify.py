@@ -1,4 +1,4 @@
-"""Tell a webhook how a replica's start goes."""
+"""Report a replica's start to a webhook."""
 
 from __future__ import annotations
 
